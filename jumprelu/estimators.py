@@ -1,0 +1,106 @@
+"""JumpReLU and the step function, with the paper's straight-through pseudo-derivatives.
+
+    JumpReLU_θ(z) = z·H(z − θ)          ð/ðθ = −(θ/ε)·K((z − θ)/ε)      ð/ðz = H(z − θ)
+    step_θ(z)     =   H(z − θ)          ð/ðθ = −(1/ε)·K((z − θ)/ε)      ð/ðz = 0
+
+(Rajamanoharan et al. 2024, arXiv 2407.14435, the section on training.) K is a kernel that integrates to 1,
+ε its bandwidth. Both functions are piecewise constant in θ, so their true derivative says nothing; averaged
+over a batch, the pseudo-derivatives are a kernel density estimate of the derivative of the *expected* loss.
+
+Notable: no pseudo-gradient reaches z, so the L0 penalty trains thresholds only. `ste_to_z=True` adds the term
+that is left out, for the ablation that shows why it is left out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+KERNELS = ("rectangle", "triangular", "gaussian", "epanechnikov")
+
+
+def kernel(u: torch.Tensor, name: str = "rectangle") -> torch.Tensor:
+    """K(u), a density: non-negative, symmetric, integral 1; same shape as `u`.
+
+    rectangle: H(u + ½) − H(u − ½), the paper's choice; triangular: (1 − |u|)₊; epanechnikov: ¾(1 − u²)₊;
+    gaussian: exp(−u²/2)/√(2π). Raises ValueError for another name.
+    """
+    if name == "rectangle":
+        return ((u > -0.5) & (u < 0.5)).to(u.dtype)
+    if name == "triangular":
+        return (1 - u.abs()).clamp_min(0)
+    if name == "epanechnikov":
+        return 0.75 * (1 - u * u).clamp_min(0)
+    if name == "gaussian":
+        return torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
+    raise ValueError(f"unknown kernel {name!r}: expected one of {', '.join(KERNELS)}")
+
+
+def _sum_to(gradient: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    return gradient.sum_to_size(shape) if gradient.shape != shape else gradient
+
+
+class _JumpReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, threshold, bandwidth, kernel_name, ste_to_z):
+        ctx.save_for_backward(z, threshold)
+        ctx.options = bandwidth, kernel_name, ste_to_z
+        return z * (z > threshold)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        z, threshold = ctx.saved_tensors
+        bandwidth, kernel_name, ste_to_z = ctx.options
+        spike = gradient * (threshold / bandwidth * kernel((z - threshold) / bandwidth, kernel_name))
+        to_z = gradient * (z > threshold)
+        return to_z + spike if ste_to_z else to_z, _sum_to(-spike, threshold.shape), None, None, None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, threshold, bandwidth, kernel_name, ste_to_z):
+        ctx.save_for_backward(z, threshold)
+        ctx.options = bandwidth, kernel_name, ste_to_z
+        return (z > threshold).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        z, threshold = ctx.saved_tensors
+        bandwidth, kernel_name, ste_to_z = ctx.options
+        spike = gradient * (kernel((z - threshold) / bandwidth, kernel_name) / bandwidth)
+        return spike if ste_to_z else None, _sum_to(-spike, threshold.shape), None, None, None
+
+
+def _checked(threshold: torch.Tensor | float, bandwidth: float, kernel_name: str, z: torch.Tensor) -> torch.Tensor:
+    if not bandwidth > 0:
+        raise ValueError(f"bandwidth must be above 0, got {bandwidth}: the paper uses 0.001 for inputs with E‖x‖² = 1")
+    if kernel_name not in KERNELS:
+        raise ValueError(f"unknown kernel {kernel_name!r}: expected one of {', '.join(KERNELS)}")
+    threshold = torch.as_tensor(threshold, device=z.device)
+    try:
+        fits = torch.broadcast_shapes(z.shape, threshold.shape) == z.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"threshold of shape {tuple(threshold.shape)} does not fit pre-activations of shape "
+                         f"{tuple(z.shape)}: expected [d_sae] (one threshold a latent) or a scalar")
+    return threshold
+
+
+def jump_relu(z: torch.Tensor, threshold: torch.Tensor | float, bandwidth: float, kernel: str = "rectangle",
+              ste_to_z: bool = False) -> torch.Tensor:
+    """z·H(z − θ), with a straight-through gradient to the threshold.
+
+    z: pre-activations, any shape [..., d_sae]; threshold: [d_sae] or a scalar, in the units of z;
+    bandwidth: ε > 0 in the units of z, used by the backward pass only. Returns the shape of z.
+    At z = θ the latent is off. Raises ValueError for a bandwidth ≤ 0, an unknown kernel or a threshold that
+    does not broadcast to z. Source: Rajamanoharan et al. 2024, the definition of JumpReLU and its pseudo-derivative.
+    """
+    return _JumpReLU.apply(z, _checked(threshold, bandwidth, kernel, z), bandwidth, kernel, ste_to_z)
+
+
+def step(z: torch.Tensor, threshold: torch.Tensor | float, bandwidth: float, kernel: str = "rectangle",
+         ste_to_z: bool = False) -> torch.Tensor:
+    """H(z − θ), 1 where a latent is on and else 0; its sum over latents is L0. Arguments as for :func:`jump_relu`."""
+    return _Step.apply(z, _checked(threshold, bandwidth, kernel, z), bandwidth, kernel, ste_to_z)

@@ -1,0 +1,101 @@
+"""Files: written whole or not at all, and hashed by content.
+
+Everything this package puts on disk goes through :func:`writing`, so a killed process leaves
+either the old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+
+def cache_root() -> Path:
+    """Folder for everything that can be made again: `$JUMPRELU_CACHE`, or `.cache` in a checkout,
+    or `~/.cache/jumprelu` where the package is installed without its repository."""
+    if "JUMPRELU_CACHE" in os.environ:
+        return Path(os.environ["JUMPRELU_CACHE"])
+    checkout = Path(__file__).resolve().parent.parent
+    return checkout / ".cache" if (checkout / "pyproject.toml").exists() else Path.home() / ".cache/jumprelu"
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on success flush it to disk and rename it to `path`.
+
+    Raises OSError naming `path` when the disk is full or not writable; `path` is then as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes 0600
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, f"could not write {path}: {error.strerror or error}; the old file, if any, "
+                      "is untouched. Free some disk space or choose another folder") from error
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). It was cut off or edited: delete it and write it again") from error
+
+
+def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    with writing(path) as temporary:
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        except Exception as error:  # safetensors reports a full disk as its own error type
+            if "os error 28" in str(error) or "No space left" in str(error):
+                raise OSError(28, "no space left on device") from error
+            raise
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def digest(*parts: Any) -> str:
+    """Short hex digest (16 digits) of plain values: strings, numbers, lists, dicts."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def tensor_digest(tensors: dict[str, torch.Tensor]) -> str:
+    """Short hex digest of named tensors: names, shapes, types and bytes."""
+    seen = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        seen.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        seen.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return seen.hexdigest()[:16]
