@@ -1,0 +1,201 @@
+"""SAEs as they are trained: one module for all architectures, in the units of inputs with E‖x‖² = 1.
+
+Notable here:
+- one naming for all: W_enc, b_enc, W_dec, b_dec, threshold; Gated adds r_mag and b_mag, its gate is (W_enc, b_enc).
+- initialisation of the paper: atoms He-uniform, then unit-norm; W_enc = W_decᵀ, then untied; biases zero.
+- the encoder sees x − b_dec while training; :meth:`Trainee.fold` removes that, and the input scale, at the end.
+- :meth:`Trainee.loss` returns every term by name, so a log can show what the sum hides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import NamedTuple
+
+import torch
+
+from . import losses
+from .estimators import jump_relu, kernel, step
+from .recipe import TrainConfig
+from .sae import SAE, Origin
+
+
+class Forward(NamedTuple):
+    """One pass: pre-activations and activations [batch, d_sae], reconstruction [batch, d_in]."""
+
+    pre: torch.Tensor
+    acts: torch.Tensor
+    x_hat: torch.Tensor
+
+
+class StepDiagnostics(NamedTuple):
+    """What the straight-through estimators saw on one batch (means over latents where it says share)."""
+
+    window_share: float
+    """Share of pre-activations within the kernel's reach of their threshold: the samples that train θ."""
+    threshold_travel: float
+    """Mean |log θ − log θ_init|."""
+    reconstruction_push: float
+    """Mean |gradient| of θ from reconstruction."""
+    sparsity_push: float
+    """Mean |gradient| of θ from the L0 penalty at its present λ."""
+    window_latents: float
+    """Share of latents with at least one sample in the window: the others get no gradient for θ at all."""
+
+
+class Trainee(torch.nn.Module):
+    """A sparse autoencoder in training. d_in: width of the activations; config: see :class:`TrainConfig`."""
+
+    def __init__(self, d_in: int, config: TrainConfig, generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = config
+        bound = (6 / d_in) ** 0.5  # He-uniform with fan-in d_in; the norm is set next
+        atoms = torch.rand(config.d_sae, d_in, generator=generator) * 2 * bound - bound
+        atoms /= atoms.norm(dim=-1, keepdim=True)
+        self.W_dec = torch.nn.Parameter(atoms)
+        self.W_enc = torch.nn.Parameter(atoms.T.contiguous().clone())
+        self.b_enc = torch.nn.Parameter(torch.zeros(config.d_sae))
+        self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
+        if config.architecture == "jumprelu":
+            initial = torch.full((config.d_sae,), config.threshold_init)
+            self.threshold_parameter = torch.nn.Parameter(initial.log() if config.log_threshold else initial)
+        if config.architecture == "gated":
+            self.r_mag = torch.nn.Parameter(torch.zeros(config.d_sae))
+            self.b_mag = torch.nn.Parameter(torch.zeros(config.d_sae))
+        if config.architecture == "batchtopk":  # the threshold used after training: a running mean
+            self.register_buffer("batch_threshold", torch.zeros(()))
+
+    @property
+    def threshold(self) -> torch.Tensor:
+        """θ, shape [d_sae], float32; zeros where the architecture has none."""
+        if self.config.architecture != "jumprelu":
+            return torch.zeros_like(self.b_enc)
+        return self.threshold_parameter.exp() if self.config.log_threshold else self.threshold_parameter
+
+    def forward(self, x: torch.Tensor, bandwidth: float) -> Forward:
+        """x: [batch, d_in] in normalised units; bandwidth: ε at this step."""
+        c = self.config
+        pre = (x - self.b_dec) @ self.W_enc + self.b_enc  # [batch, d_sae]
+        match c.architecture:
+            case "relu":
+                acts = pre.relu()
+            case "jumprelu":
+                acts = jump_relu(pre, self.threshold, bandwidth, c.kernel, c.ste_to_z)
+            case "gated":
+                magnitude = (pre - self.b_enc) * self.r_mag.exp() + self.b_mag
+                acts = (pre > 0) * magnitude.relu()
+            case "topk":
+                values, index = pre.relu().topk(c.k, dim=-1)
+                acts = torch.zeros_like(pre).scatter(-1, index, values)
+            case "batchtopk":
+                positive = pre.relu()
+                smallest = positive.flatten().topk(c.k * len(x)).values[-1]
+                acts = positive * (positive >= smallest)
+                if self.training:
+                    with torch.no_grad():
+                        rate = 1.0 if self.batch_threshold == 0 else 0.01
+                        self.batch_threshold += rate * (smallest.detach() - self.batch_threshold)
+        return Forward(pre, acts, acts @ self.W_dec + self.b_dec)
+
+    def loss(self, x: torch.Tensor, out: Forward, sparsity: float, bandwidth: float,
+             dead: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Terms whose sum is minimised. sparsity: λ at this step; dead: bool [d_sae], for AuxK."""
+        c = self.config
+        terms = {"reconstruction": losses.reconstruction(x, out.x_hat)}
+        norms = self.W_dec.norm(dim=-1) if not c.unit_norm_atoms else torch.ones_like(self.b_enc)
+        match c.loss:
+            case "l1":
+                # Gated pays for what opens its gate, not for magnitudes: that is how it avoids shrinkage
+                terms["sparsity"] = sparsity * losses.l1(out.pre.relu() if c.architecture == "gated" else out.acts, norms)
+            case "l0":
+                # a ReLU's threshold is fixed at 0, so only a pseudo-gradient to z can lower its L0
+                ste_to_z = c.ste_to_z or c.architecture == "relu"
+                terms["sparsity"] = sparsity * losses.l0(out.pre, self.threshold, bandwidth, c.kernel, ste_to_z).mean()
+            case "l0_target" | "l0_target_batch" | "l0_quadratic":
+                l0 = losses.l0(out.pre, self.threshold, bandwidth, c.kernel, c.ste_to_z)
+                penalty = (losses.l0_quadratic(l0, c.l0_target) if c.loss == "l0_quadratic"
+                           else losses.l0_target(l0, c.l0_target, per_sample=c.loss == "l0_target"))  # fmt: skip
+                terms["sparsity"] = sparsity * penalty
+            case "frequency":
+                active = step(out.pre, self.threshold, bandwidth, c.kernel, c.ste_to_z)
+                terms["sparsity"] = sparsity * losses.frequency_penalty(active, c.frequency_reference)
+            case "tanh":
+                terms["sparsity"] = sparsity * losses.tanh_penalty(out.acts, norms, c.tanh_scale)
+        if c.preactivation:
+            terms["preactivation"] = c.preactivation * losses.preactivation(out.pre, self.threshold, norms)
+        if c.architecture in ("topk", "batchtopk") and c.aux_coefficient:
+            terms["aux"] = c.aux_coefficient * losses.auxk(x - out.x_hat, out.pre, self.W_dec, dead, c.k_aux)
+        if c.architecture == "gated":
+            frozen = out.pre.relu() @ self.W_dec.detach() + self.b_dec.detach()
+            terms["aux"] = losses.reconstruction(x, frozen)
+        return terms
+
+    @torch.no_grad()
+    def project_gradient(self) -> None:
+        """Remove from the gradient of each atom the part parallel to it, which renormalisation would undo."""
+        gradient = self.W_dec.grad
+        gradient -= (gradient * self.W_dec).sum(-1, keepdim=True) * self.W_dec
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """After an optimiser step: atoms back to norm 1, a raw threshold back to θ ≥ 0."""
+        if self.config.unit_norm_atoms:
+            self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)
+        if self.config.architecture == "jumprelu" and not self.config.log_threshold:
+            self.threshold_parameter.clamp_(min=0)
+
+    @torch.no_grad()
+    def diagnose(self, x: torch.Tensor, out: Forward, sparsity: float, bandwidth: float) -> StepDiagnostics:
+        """See :class:`StepDiagnostics`; the closed form of the STE gradient of θ, split into its two sources."""
+        theta = self.threshold
+        K = kernel((out.pre - theta) / bandwidth, self.config.kernel) / bandwidth  # [batch, d_sae]
+        to_acts = (out.x_hat - x) @ self.W_dec.T * (2 / len(x))  # ∂(mean ‖x − x̂‖²)/∂f
+        from_reconstruction = -(to_acts * K).sum(0) * theta
+        from_sparsity = sparsity * K.mean(0)
+        travel = (theta.clamp_min(1e-12).log() - torch.tensor(self.config.threshold_init).log()).abs().mean()
+        return StepDiagnostics((K > 0).float().mean().item(), travel.item(), from_reconstruction.abs().mean().item(),
+                               from_sparsity.mean().item(), (K > 0).any(0).float().mean().item())  # fmt: skip
+
+    @torch.no_grad()
+    def resample(self, x: torch.Tensor, dead: torch.Tensor, bandwidth: float, generator: torch.Generator) -> torch.Tensor:
+        """Point dead latents at badly reconstructed inputs (Bricken et al. 2023); returns the indices replaced.
+
+        x: [batch, d_in]; dead: bool [d_sae]. An input is drawn with probability ∝ its squared loss.
+        """
+        index = dead.nonzero().squeeze(-1)
+        residual = x - self(x, bandwidth).x_hat
+        weight = residual.square().sum(-1).square()
+        if len(index) == 0 or not weight.sum() > 0:
+            return index[:0]
+        drawn = torch.multinomial(weight.cpu(), len(index), replacement=True, generator=generator).to(x.device)
+        direction = residual[drawn] / residual[drawn].norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        alive = self.W_enc[:, ~dead].norm(dim=0).mean() if (~dead).any() else self.W_enc.norm(dim=0).mean()
+        self.W_dec[index] = direction
+        self.W_enc[:, index] = (0.2 * alive * direction).T
+        self.b_enc[index] = 0
+        return index
+
+    @torch.no_grad()
+    def fold(self, input_scale: float, model_name: str | None = None, site: str | None = None, layer: int | None = None) -> SAE:
+        """The inference form, for raw activations x_raw = input_scale · x.
+
+        W_enc stays; b_enc' = C·(b_enc − b_dec W_enc); b_dec' = C·b_dec; θ' = C·θ; atoms brought to norm 1 and
+        their norm moved into the encoder (ReLU and JumpReLU are positively homogeneous).
+        """
+        c, C = self.config, float(input_scale)
+        W_enc, b_enc, threshold = self.W_enc.clone(), self.b_enc.clone(), self.threshold.clone()
+        offset = -(self.b_dec @ W_enc)
+        if c.architecture == "gated":  # π_gate > 0  ⇔  π_mag > b_mag − e^r b_gate
+            gain = self.r_mag.exp()
+            threshold = (self.b_mag - gain * b_enc).clamp_min(0)
+            W_enc, offset, b_enc = W_enc * gain, offset * gain, self.b_mag.clone()
+        if c.architecture == "batchtopk":
+            threshold = self.batch_threshold.expand_as(b_enc).clone()
+        norm = self.W_dec.norm(dim=-1).clamp_min(1e-12)
+        if c.architecture == "topk":  # moving norms into the encoder would change which latents are the largest
+            norm = torch.ones_like(norm)
+        training = json.loads(json.dumps(dataclasses.asdict(c)))  # as it will be read back: lists for tuples
+        origin = Origin(model_name, site, layer, c.architecture, C, training)
+        return SAE(W_enc * norm, C * norm * (b_enc + offset), self.W_dec / norm[:, None], C * self.b_dec,
+                   C * norm * threshold, k=c.k if c.architecture == "topk" else None, origin=origin)  # fmt: skip

@@ -1,0 +1,175 @@
+"""How good is an SAE: sparsity, fidelity, and what splicing it in does to the language model.
+
+Notable here:
+- every metric is a ratio of sums over tokens (micro-averaged), with a standard error clustered by document:
+  tokens of one document are far from independent.
+- FVU is pooled, Σ‖x − x̂‖² / Σ‖x − x̄‖², x̄ the mean of the evaluated activations; not a mean of ratios, and
+  not of squared norms.
+- BOS, EOS and pad: their activations are neither replaced nor counted, and no loss is counted at them.
+  "Loss at position t" is the cross-entropy of the token at t + 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from .corpus import Tokens, as_tokens
+from .hooks import capture, splice
+from .intervals import Estimate, ratio_estimate, share_estimate
+from .lm import LM
+from .sae import SAE
+
+GROUPS = 32
+"""Documents are dealt into this many groups for the jackknife of the shares of latents."""
+
+
+class Report(NamedTuple):
+    """What :func:`evaluate` returns; each number with a standard error clustered by document."""
+
+    l0: Estimate
+    """Active latents per token."""
+    fvu: Estimate
+    """Pooled fraction of variance unexplained."""
+    delta_loss: Estimate
+    """Cross-entropy with the reconstruction spliced in, minus the model's own; nats per token."""
+    kl: Estimate
+    """KL(model ‖ spliced model) of the next-token distribution; nats per token."""
+    loss: Estimate
+    """The model's own cross-entropy; nats per token."""
+    dead: Estimate
+    """Share of latents that never fire on these tokens (so it depends on how many there are)."""
+    dense_1: Estimate
+    """Share of latents that fire on over 1 % of tokens."""
+    dense_10: Estimate
+    """Share of latents that fire on over 10 % of tokens."""
+    norm_ratio: Estimate
+    """Σ x·x̂ / Σ ‖x̂‖² about the mean: above 1 where reconstructions are shrunk (1 is what least squares gives)."""
+    frequency: torch.Tensor
+    """Share of tokens on which each latent fires, shape [d_sae]."""
+    l0_per_token: torch.Tensor
+    """Active latents of every token evaluated, in order, shape [n_tokens]."""
+    n_tokens: int
+    n_documents: int
+
+    def __str__(self) -> str:
+        shown = ("l0", "fvu", "delta_loss", "kl", "loss", "dead", "dense_1", "dense_10", "norm_ratio")
+        lines = [f"{name:>10}  {getattr(self, name)}" for name in shown]
+        return "\n".join(lines + [f"{self.n_tokens} tokens of {self.n_documents} documents"])
+
+
+def fvu(x: torch.Tensor, x_hat: torch.Tensor) -> float:
+    """Pooled Σ‖x − x̂‖² / Σ‖x − x̄‖²; x, x_hat: [n, d_in]. Raises ValueError for differing shapes or constant x."""
+    if x.shape != x_hat.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)} and x_hat {tuple(x_hat.shape)}: expected the same")
+    x, x_hat = x.double(), x_hat.double()
+    variance = (x - x.mean(0)).square().sum()
+    if not variance > 0:
+        raise ValueError("the activations do not vary, so FVU is not defined: give more than one distinct row")
+    return ((x - x_hat).square().sum() / variance).item()
+
+
+class _Sums:
+    """Sums per document of what the ratios need; only [documents, d_in] is kept, never activations."""
+
+    def __init__(self, documents: int, d_in: int, d_sae: int, device: torch.device):
+        def zeros(*shape):
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        self.tokens, self.active, self.error, self.square = (zeros(documents) for _ in range(4))
+        self.predicted, self.loss, self.spliced, self.kl = (zeros(documents) for _ in range(4))
+        self.hat_square, self.cross = zeros(documents), zeros(documents)
+        self.x, self.x_hat = zeros(documents, d_in), zeros(documents, d_in)
+        self.fired, self.group_tokens = zeros(GROUPS, d_sae), zeros(GROUPS)
+
+    def add_activations(self, x: torch.Tensor, x_hat: torch.Tensor, acts: torch.Tensor, document: torch.Tensor) -> None:
+        x, x_hat, active = x.double(), x_hat.double(), (acts > 0)
+        self.tokens.index_add_(0, document, torch.ones_like(document, dtype=torch.float64))
+        self.active.index_add_(0, document, active.sum(-1).double())
+        self.error.index_add_(0, document, (x - x_hat).square().sum(-1))
+        self.square.index_add_(0, document, x.square().sum(-1))
+        self.hat_square.index_add_(0, document, x_hat.square().sum(-1))
+        self.cross.index_add_(0, document, (x * x_hat).sum(-1))
+        self.x.index_add_(0, document, x)
+        self.x_hat.index_add_(0, document, x_hat)
+        for group in (document % GROUPS).unique().tolist():
+            rows = document % GROUPS == group
+            self.fired[group] += active[rows].sum(0)
+            self.group_tokens[group] += rows.sum()
+
+    def report(self, l0_per_token: torch.Tensor) -> Report:
+        used = self.tokens > 0
+        n, mean, mean_hat = self.tokens[used], self.x.sum(0) / self.tokens.sum(), self.x_hat.sum(0) / self.tokens.sum()
+        # Σ(x − x̄)·(x̂ − x̄̂) and its like, from sums alone
+        variance = self.square[used] - 2 * self.x[used] @ mean + n * mean.square().sum()
+        hat_variance = self.hat_square[used] - 2 * self.x_hat[used] @ mean_hat + n * mean_hat.square().sum()
+        covariance = self.cross[used] - self.x[used] @ mean_hat - self.x_hat[used] @ mean + n * (mean @ mean_hat)
+        predicted = self.predicted[used]
+
+        def shares(*bounds):
+            return share_estimate(self.fired, self.group_tokens, *bounds)
+
+        return Report(
+            l0=ratio_estimate(self.active[used], n), fvu=ratio_estimate(self.error[used], variance),
+            delta_loss=ratio_estimate((self.spliced - self.loss)[used], predicted),
+            kl=ratio_estimate(self.kl[used], predicted), loss=ratio_estimate(self.loss[used], predicted),
+            dead=shares(-1.0, 0.0), dense_1=shares(0.01), dense_10=shares(0.1),
+            norm_ratio=ratio_estimate(covariance, hat_variance),
+            frequency=(self.fired.sum(0) / self.group_tokens.sum()).float().cpu(), l0_per_token=l0_per_token,
+            n_tokens=int(n.sum()), n_documents=int(used.sum()),
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate(sae: SAE, lm: LM, tokens: Tokens | torch.Tensor, site: str | None = None, layer: int | None = None,
+             batch_rows: int = 8) -> Report:
+    """Sparsity and fidelity of an SAE, and what it costs the language model, on held-out tokens.
+
+    tokens: rows of ids, [n_rows, context_size] (:func:`jumprelu.tokenize`, or a plain tensor: one document a row).
+    site, layer: default is where the SAE was trained. Returns a :class:`Report`.
+
+    Raises ValueError if the SAE does not remember its place and none is given, if its width is not the site's,
+    or if no token is left after the special ones. Source: Rajamanoharan et al. 2024 and Gemma Scope, their evaluations.
+    """
+    tokens = as_tokens(tokens)
+    site, layer = site or sae.origin.site, layer if layer is not None else sae.origin.layer
+    if site is None or layer is None:
+        raise ValueError("this SAE does not remember where it was trained: give evaluate(..., site=..., layer=...)")
+    special = torch.tensor(lm.special_ids, device=lm.device)
+    width = capture(lm, [(site, layer)], tokens.ids[:1, :2].to(lm.device))[site, layer].shape[-1]
+    if width != sae.d_in:
+        raise ValueError(f"{site} of layer {layer} of {lm.name} has width {width}, the SAE expects d_in = {sae.d_in}: "
+                         "wrong site, layer or model")
+    names, document = tokens.document.unique(return_inverse=True)
+    sums = _Sums(len(names), sae.d_in, sae.d_sae, lm.device)
+    l0_per_token = []
+    starts = tqdm(range(0, len(tokens), batch_rows), desc="evaluating", unit="batch", mininterval=1)
+    for start in starts:
+        ids = tokens.ids[start : start + batch_rows].to(lm.device)
+        owner = document[start : start + batch_rows, None].to(lm.device).expand_as(ids)
+        keep = ~torch.isin(ids, special)
+
+        def replace(value: torch.Tensor, keep=keep, owner=owner) -> torch.Tensor:
+            x = value[keep].to(sae.W_enc.dtype)
+            acts = sae.encode(x)
+            x_hat = sae.decode(acts)
+            sums.add_activations(x, x_hat, acts, owner[keep])
+            l0_per_token.append((acts > 0).sum(-1).cpu())
+            return value.index_put((keep,), x_hat.to(value.dtype))
+
+        clean = lm.model(ids).logits.float()
+        with splice(lm, site, layer, replace):
+            spliced = lm.model(ids).logits.float()
+        counted = keep[:, :-1] & keep[:, 1:]
+        log_p, log_q = clean[:, :-1][counted].log_softmax(-1), spliced[:, :-1][counted].log_softmax(-1)
+        target, owners = ids[:, 1:][counted], owner[:, :-1][counted]
+        sums.predicted.index_add_(0, owners, torch.ones_like(owners, dtype=torch.float64))
+        sums.loss.index_add_(0, owners, F.nll_loss(log_p, target, reduction="none").double())
+        sums.spliced.index_add_(0, owners, F.nll_loss(log_q, target, reduction="none").double())
+        sums.kl.index_add_(0, owners, (log_p.exp() * (log_p - log_q)).sum(-1).double())
+    if not sums.tokens.sum() > 0:
+        raise ValueError("every token is a special one (BOS, EOS or pad): nothing to evaluate")
+    return sums.report(torch.cat(l0_per_token))

@@ -1,0 +1,156 @@
+"""A training run as data: its configuration, and its schedules as pure functions of the step.
+
+Lengths of warm-ups and annealing are shares of the run, so a configuration keeps its meaning when `steps` changes.
+All of θ, ε, λ are in the unit of inputs scaled to E‖x‖² = 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .estimators import KERNELS
+
+SPARSITY_LOSSES = {
+    "relu": ("l1", "l0"),
+    "gated": ("l1",),
+    "topk": ("none",),
+    "batchtopk": ("none",),
+    "jumprelu": ("l0", "l0_target", "l0_target_batch", "l0_quadratic", "frequency", "tanh", "l1"),
+}
+"""Architectures and the sparsity losses each can be trained with; the first is its own."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train and how. Defaults are for short runs (10³ to 10⁵ steps); :func:`paper_recipe` gives the paper's.
+
+    Departures from the paper's recipe in these defaults, because a run of a few thousand steps moves log θ by
+    only steps × learning rate: a larger `lr`, `threshold_init` and `bandwidth`, a λ that rises over most of the run,
+    a learning rate that decays at the end, and `b_dec` starting at the mean activation.
+    """
+
+    architecture: str = "jumprelu"
+    """"jumprelu", "relu", "gated", "topk" or "batchtopk"."""
+    d_sae: int = 4096
+    """Number of latents."""
+    steps: int = 4000
+    batch_size: int = 512
+    """Activations a step. At a few million tokens, more and smaller steps beat fewer and larger ones."""
+
+    sparsity: float = 1e-3
+    """λ, the price of sparsity: of one active latent (L0 losses), of one unit of L1."""
+    sparsity_loss: str | None = None
+    """None: the architecture's own. Otherwise one of SPARSITY_LOSSES[architecture]."""
+    l0_target: float = 32.0
+    """For the "l0_target…" and "l0_quadratic" losses."""
+    frequency_reference: float = 0.1
+    """ω₀ of the "frequency" loss."""
+    tanh_scale: float = 4.0
+    preactivation: float = 0.0
+    """λ_P of the pre-activation loss that goes with "tanh"; 0 leaves it out."""
+    k: int = 32
+    """Active latents a token, for "topk" and "batchtopk"."""
+    k_aux: int = 256
+    aux_coefficient: float = 1 / 32
+    """Weight of AuxK, for "topk" and "batchtopk"."""
+
+    threshold_init: float = 0.1
+    bandwidth: float = 0.1
+    """ε of the straight-through estimators; with `bandwidth_end`, its value at the start."""
+    bandwidth_end: float | None = None
+    """If given, ε falls geometrically from `bandwidth` to this over `bandwidth_anneal` of the run."""
+    bandwidth_anneal: float = 0.8
+    kernel: str = "rectangle"
+    ste_to_z: bool = False
+    """Let the estimators' pseudo-gradient reach the pre-activations too: an ablation, off in the paper."""
+    log_threshold: bool = True
+    """Train log θ, as the paper does, which keeps θ positive; otherwise θ itself, clamped at 0."""
+
+    lr: float = 3e-3
+    threshold_lr: float = 1.0
+    """Learning rate of the thresholds as a multiple of `lr`."""
+    betas: tuple[float, float] = (0.0, 0.999)
+    adam_eps: float = 1e-8
+    lr_warmup: float = 0.05
+    """Share of the run over which lr rises along a cosine from a tenth."""
+    lr_decay: float = 0.2
+    """Share of the run, its last, over which lr falls linearly to zero."""
+    sparsity_warmup: float = 0.8
+    """Share of the run over which λ rises linearly from zero."""
+
+    unit_norm: bool | None = None
+    """Keep atoms at norm 1 with projected gradients. None: yes, except for losses with RI-L1, which need free norms."""
+    mean_b_dec: bool = True
+    """Start b_dec at the mean activation rather than at zero."""
+    resample: tuple[float, ...] = ()
+    """Shares of the run at which dead latents are resampled (Bricken et al. 2023): the original Gated recipe."""
+    dead_after: int = 200_000
+    """A latent is dead when it has not fired for this many tokens."""
+    seed: int = 0
+    """Fixes the initial weights and the order of the data."""
+
+    def __post_init__(self) -> None:
+        if self.architecture not in SPARSITY_LOSSES:
+            raise ValueError(f"unknown architecture {self.architecture!r}: expected one of {', '.join(SPARSITY_LOSSES)}")
+        if self.loss not in SPARSITY_LOSSES[self.architecture]:
+            raise ValueError(f"{self.architecture} cannot be trained with sparsity_loss={self.sparsity_loss!r}: "
+                             f"expected one of {', '.join(SPARSITY_LOSSES[self.architecture])}")
+        if self.kernel not in KERNELS:
+            raise ValueError(f"unknown kernel {self.kernel!r}: expected one of {', '.join(KERNELS)}")
+        for name in ("d_sae", "steps", "batch_size", "k", "k_aux", "bandwidth", "threshold_init", "lr", "threshold_lr",
+                     "l0_target", "frequency_reference", "dead_after"):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("bandwidth_anneal", "lr_warmup", "lr_decay", "sparsity_warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share of the run between 0 and 1, got {getattr(self, name)}")
+        if self.sparsity < 0 or (self.bandwidth_end is not None and self.bandwidth_end <= 0):
+            raise ValueError("sparsity must be 0 or more and bandwidth_end above 0, got "
+                             f"{self.sparsity} and {self.bandwidth_end}")
+        if self.k > self.d_sae:
+            raise ValueError(f"k = {self.k} latents cannot be active of d_sae = {self.d_sae}")
+
+    @property
+    def loss(self) -> str:
+        """The sparsity loss in use."""
+        return self.sparsity_loss or SPARSITY_LOSSES[self.architecture][0]
+
+    @property
+    def unit_norm_atoms(self) -> bool:
+        return self.loss != "l1" if self.unit_norm is None else self.unit_norm
+
+
+def paper_recipe(steps: int, **changes: Any) -> TrainConfig:
+    """The recipe of Rajamanoharan et al. 2024 and Gemma Scope (arXiv 2408.05147, its training section).
+
+    Adam(0, 0.999), lr 7e-5 after a cosine warm-up over 1,000 steps, λ rising over 10,000 steps, batches of 4,096,
+    θ_init = ε = 0.001, biases at zero. Meant for 10⁵ steps or more: log θ travels about 7e-5 a step.
+    """
+    recipe = dict(
+        steps=steps, batch_size=4096, lr=7e-5, threshold_init=1e-3, bandwidth=1e-3, lr_decay=0.0, mean_b_dec=False,
+        lr_warmup=min(1.0, 1_000 / steps), sparsity_warmup=min(1.0, 10_000 / steps),
+    )  # fmt: skip
+    return TrainConfig(**(recipe | changes))
+
+
+def lr_factor(config: TrainConfig, step: int) -> float:
+    """Multiple of `lr` at a step (counted from 0): cosine warm-up from 0.1, flat, linear decay to 0."""
+    progress = step / config.steps
+    rise = 0.1 + 0.9 * 0.5 * (1 - math.cos(math.pi * progress / config.lr_warmup)) if progress < config.lr_warmup else 1.0
+    fall = (1 - progress) / config.lr_decay if config.lr_decay else 1.0
+    return min(rise, fall)
+
+
+def sparsity_at(config: TrainConfig, step: int) -> float:
+    """λ at a step: linear from 0 over `sparsity_warmup` of the run."""
+    return config.sparsity * min(1.0, step / max(1.0, config.sparsity_warmup * config.steps))
+
+
+def bandwidth_at(config: TrainConfig, step: int) -> float:
+    """ε at a step: constant, or geometric from `bandwidth` to `bandwidth_end`."""
+    if config.bandwidth_end is None:
+        return config.bandwidth
+    progress = min(1.0, step / max(1.0, config.bandwidth_anneal * config.steps))
+    return config.bandwidth * (config.bandwidth_end / config.bandwidth) ** progress

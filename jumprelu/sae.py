@@ -1,0 +1,148 @@
+"""The sparse autoencoder as it is used: five arrays, raw activations in, raw activations out.
+
+    π(x) = x W_enc + b_enc        f(x) = π ⊙ H(π − θ)₊        x̂ = f W_dec + b_dec
+
+Every architecture of this package ends in this form: ReLU has θ = 0; Gated is JumpReLU with tied encoders
+(Rajamanoharan et al. 2024, appendix); BatchTopK has one threshold for all latents; TopK keeps `k` besides.
+The input scale of training is folded into the arrays and kept only as a number, so nothing has to be
+normalised to use a saved SAE. Atoms (rows of W_dec) have norm 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .files import digest, read_json, sha256, tensor_digest, write_json, write_tensors
+
+FORMAT = 1
+WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
+
+
+class Origin(NamedTuple):
+    """Where an SAE's activations come from, and how it was trained; remembered in its file."""
+
+    model_name: str | None = None
+    site: str | None = None
+    layer: int | None = None
+    architecture: str = "jumprelu"
+    input_scale: float = 1.0
+    """√E‖x‖² of the training activations: θ/input_scale and f/input_scale are in the paper's units."""
+    training: dict[str, Any] | None = None
+    """The TrainConfig, as a dictionary."""
+
+
+class SAE(torch.nn.Module):
+    """A trained sparse autoencoder.
+
+    W_enc: [d_in, d_sae]; b_enc: [d_sae]; W_dec: [d_sae, d_in]; b_dec: [d_in]; threshold: [d_sae], θ ≥ 0, always
+    float32 whatever the rest is cast to (bf16 would round small differences away). k: for TopK, the number of latents kept.
+
+    Raises ValueError when the shapes do not belong together.
+    """
+
+    def __init__(self, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor, b_dec: torch.Tensor,
+                 threshold: torch.Tensor, k: int | None = None, origin: Origin = Origin()):  # noqa: B008 (immutable)
+        super().__init__()
+        d_in, d_sae = W_enc.shape
+        given = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "threshold": threshold}
+        expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,), "threshold": (d_sae,)}
+        for name, shape in expected.items():
+            if tuple(given[name].shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(given[name].shape)}, expected {shape} to go with W_enc [d_in, d_sae] "
+                                 f"= {(d_in, d_sae)}")
+        for name, tensor in given.items():
+            self.register_parameter(name, torch.nn.Parameter(tensor.detach().clone()))
+        self.threshold.data = self.threshold.data.float()
+        self.k, self.origin = k, origin
+
+    def _apply(self, fn, recurse=True):
+        threshold = self.threshold.data
+        super()._apply(fn, recurse)
+        self.threshold.data = threshold.to(self.threshold.device)  # moved, never cast
+        return self
+
+    @property
+    def d_in(self) -> int:
+        return self.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_enc.shape[1]
+
+    @property
+    def input_scale(self) -> float:
+        return self.origin.input_scale
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the weights and their origin."""
+        return digest(tensor_digest(dict(self.named_parameters())), self.k, self.origin._asdict())
+
+    def preactivations(self, x: torch.Tensor) -> torch.Tensor:
+        """π(x), shape [..., d_sae], in raw units; x: raw activations [..., d_in]. ValueError for another width."""
+        if x.shape[-1] != self.d_in:
+            where = f" (it was trained on {self.origin.site} of layer {self.origin.layer})" if self.origin.site else ""
+            raise ValueError(f"activations have width {x.shape[-1]}, this SAE expects d_in = {self.d_in}{where}")
+        return x @ self.W_enc + self.b_enc
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """f(x) ≥ 0, shape [..., d_sae]; x: raw activations [..., d_in]."""
+        pre = self.preactivations(x)
+        acts = pre.relu() * (pre.float() > self.threshold)
+        if self.k is None:
+            return acts
+        values, index = acts.topk(self.k, dim=-1)
+        return torch.zeros_like(acts).scatter(-1, index, values)
+
+    def decode(self, acts: torch.Tensor) -> torch.Tensor:
+        """x̂, shape [..., d_in]; acts: [..., d_sae]."""
+        return acts @ self.W_dec + self.b_dec
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x̂(x), raw activations to raw reconstruction, [..., d_in]."""
+        return self.decode(self.encode(x))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `sae.safetensors` and `cfg.json` to `folder`, each whole or not at all; returns the folder."""
+        folder = Path(folder)
+        write_tensors(folder / WEIGHTS, dict(self.named_parameters()))
+        write_json(folder / CONFIG, {"format": FORMAT, "d_in": self.d_in, "d_sae": self.d_sae, "k": self.k,
+                                     "sha256": sha256(folder / WEIGHTS), **self.origin._asdict()})  # fmt: skip
+        return folder
+
+    def extra_repr(self) -> str:
+        o = self.origin
+        return f"{o.architecture}, d_in={self.d_in}, d_sae={self.d_sae}, {o.model_name}, {o.site}, layer={o.layer}"
+
+
+def load_sae(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SAE:
+    """Read an SAE that :meth:`SAE.save` wrote.
+
+    Raises FileNotFoundError where there is none, ValueError for a pickle (never opened), a file that was cut off,
+    or weights and configuration that are not of one save.
+    """
+    folder = Path(folder)
+    if folder.is_file() and folder.suffix in {".pt", ".pth", ".bin", ".pkl", ".pickle"}:
+        raise ValueError(f"{folder} is a pickle, which can run code when it is opened: refused. Expected a folder with "
+                         f"{WEIGHTS} and {CONFIG}; convert the file where it came from")
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
+    if missing:
+        found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
+        raise FileNotFoundError(f"no SAE in {folder}: expected {' and '.join(missing)}, found {found}")
+    config = read_json(folder / CONFIG)
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{folder / CONFIG} has format {config.get('format')!r}, this version reads {FORMAT}: save it again with a matching version")
+    try:
+        tensors = load_file(folder / WEIGHTS, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged or cut off ({error}): copy or save it again") from error
+    if sha256(folder / WEIGHTS) != config["sha256"]:
+        raise ValueError(f"{folder / WEIGHTS} is not the file that {CONFIG} was written with: copy or save both again")
+    origin = Origin(**{name: config[name] for name in Origin._fields})
+    threshold = tensors.pop("threshold")
+    return SAE(**{name: tensor.to(dtype) for name, tensor in tensors.items()}, threshold=threshold, k=config["k"], origin=origin)

@@ -1,0 +1,194 @@
+"""Training: learns a planted dictionary, is a function of its inputs, survives SIGKILL bit for bit."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from jumprelu.activations import activations_from_tensor
+from jumprelu.architectures import Trainee
+from jumprelu.recipe import SPARSITY_LOSSES, TrainConfig
+from jumprelu.sae import load_sae
+from jumprelu.train import _State, train
+
+
+def planted(n=20_000, d_in=16, features=24, seed=0):
+    """Sparse combinations of unit directions: [n, d_in] and the directions [features, d_in]."""
+    g = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(features, d_in, generator=g), dim=-1)
+    on = torch.rand(n, features, generator=g) < 0.06
+    return (on * (1 + torch.rand(n, features, generator=g))) @ directions * 20 + 5, directions
+
+
+@pytest.fixture(scope="module")
+def acts(tmp_path_factory):
+    return activations_from_tensor(planted()[0], tmp_path_factory.mktemp("acts"))
+
+
+SMALL = TrainConfig(d_sae=48, steps=60, batch_size=128, k=3, dead_after=2_000, sparsity=3e-3)
+
+
+def test_recovers_planted_directions(acts):
+    sae, log = train(acts, dataclasses.replace(SMALL, steps=1500, sparsity=0.1), device="cpu")
+    similarity = (planted()[1] @ sae.W_dec.T).max(-1).values
+    assert (similarity > 0.95).float().mean() > 0.9
+    assert log.fvu.iloc[-1] < 0.1 < log.fvu.iloc[0]
+    l0 = (sae.encode(planted()[0][:5000]) > 0).sum(-1).float().mean().item()
+    assert l0 == pytest.approx(24 * 0.06, rel=0.15)  # what was planted
+
+
+@pytest.mark.parametrize("architecture, loss", [(a, loss) for a, known in SPARSITY_LOSSES.items() for loss in known])
+def test_every_architecture_learns(acts, architecture, loss):
+    config = dataclasses.replace(SMALL, architecture=architecture, sparsity_loss=loss, steps=200, l0_target=3.0)
+    sae, log = train(acts, config, device="cpu")
+    assert log.fvu.iloc[-1] < 0.5 * log.fvu.iloc[0]
+    assert {"step", "tokens", "sparsity", "loss_reconstruction", "l0", "fvu", "dead"} <= set(log.columns)
+    assert ("window_share" in log.columns) == (architecture == "jumprelu")
+    assert sae.origin.architecture == architecture and sae.origin.site == acts.site
+
+
+def test_same_inputs_same_bits(acts):
+    first, again = train(acts, SMALL, device="cpu"), train(acts, SMALL, device="cpu")
+    other = train(acts, dataclasses.replace(SMALL, seed=1), device="cpu")
+    assert first.sae.fingerprint == again.sae.fingerprint != other.sae.fingerprint
+    assert first.log.equals(again.log)
+
+
+def test_the_input_scale_does_not_matter(acts, tmp_path):
+    """E‖x‖² = 1 is estimated once, so activations ten times as large give the same SAE in their own units."""
+    scaled = activations_from_tensor(10 * planted()[0], tmp_path / "acts")
+    small, large = train(acts, SMALL, device="cpu").sae, train(scaled, SMALL, device="cpu").sae
+    assert large.input_scale == pytest.approx(10 * small.input_scale, rel=1e-5)
+    torch.testing.assert_close(large.threshold, 10 * small.threshold, rtol=0.02, atol=0)
+
+
+def test_gradient_of_the_atoms_is_tangent():
+    trainee = Trainee(8, SMALL)
+    x = torch.randn(64, 8)
+    out = trainee(x, 0.1)
+    sum(trainee.loss(x, out, 1e-3, 0.1, torch.zeros(48, dtype=torch.bool)).values()).backward()
+    trainee.project_gradient()
+    parallel = (trainee.W_dec.grad * trainee.W_dec).sum(-1)
+    torch.testing.assert_close(parallel, torch.zeros(48), atol=1e-5, rtol=0)
+    assert trainee.W_dec.grad.abs().max() > 1e-3
+
+
+def test_diagnostics_split_the_gradient_autograd_gives(acts):
+    """reconstruction_push and sparsity_push are parts of the very gradient that trains θ."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, log_threshold=False, bandwidth=0.3)
+    trainee = Trainee(16, config).double()
+    x = torch.randn(256, 16, dtype=torch.float64) / 4
+    dead = torch.zeros(48, dtype=torch.bool)
+    pushes = {}
+    for name in ("reconstruction", "sparsity"):
+        trainee.zero_grad()
+        trainee.loss(x, trainee(x, 0.3), 1e-2, 0.3, dead)[name].backward()
+        pushes[name] = trainee.threshold_parameter.grad.abs().mean().item()
+    seen = trainee.diagnose(x, trainee(x, 0.3), 1e-2, 0.3)
+    assert seen.reconstruction_push == pytest.approx(pushes["reconstruction"], rel=1e-6)
+    assert seen.sparsity_push == pytest.approx(pushes["sparsity"], rel=1e-6)
+    pre = trainee(x, 0.3).pre
+    assert seen.window_share == pytest.approx(((pre - trainee.threshold).abs() < 0.15).double().mean().item())
+
+
+def test_resampling_revives_dead_latents(acts):
+    state = _State(acts, dataclasses.replace(SMALL, architecture="gated"), torch.device("cpu"))
+    trainee, x = state.trainee, planted(256)[0] / state.input_scale
+    dead = torch.zeros(48, dtype=torch.bool)
+    dead[5:9] = True
+    trainee.b_enc.data[dead] = -100
+    before = trainee.W_dec.detach().clone()
+    replaced = trainee.resample(x, dead, 0.1, state.generator)
+    assert replaced.tolist() == [5, 6, 7, 8]
+    assert (trainee(x, 0.1).acts[:, dead] > 0).any(0).all()
+    assert torch.equal(before[~dead], trainee.W_dec[~dead])
+    config = dataclasses.replace(SMALL, architecture="gated", resample=(0.5,), dead_after=100, sparsity=0.5)
+    train(acts, config, device="cpu")  # and Adam's moments follow, through the public path
+
+
+def test_saturated_sparsity_is_named(acts):
+    with pytest.warns(UserWarning, match="saturated"):
+        train(acts, dataclasses.replace(SMALL, steps=200, sparsity=100.0, sparsity_warmup=0.1), device="cpu")
+
+
+def test_out_folder(acts, tmp_path):
+    sae, log = train(acts, SMALL, out=tmp_path / "run", device="cpu")
+    again = train(acts, SMALL, out=tmp_path / "run", device="cpu")
+    assert again.sae.fingerprint == sae.fingerprint and again.log.equals(log)
+    assert load_sae(tmp_path / "run").origin == sae.origin
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+    with pytest.raises(ValueError, match="another configuration"):
+        train(acts, dataclasses.replace(SMALL, seed=5), out=tmp_path / "run", device="cpu")
+    assert load_sae(tmp_path / "run").fingerprint == sae.fingerprint
+
+
+RUN = """
+import importlib, sys, time, torch
+torch.set_num_threads(1)
+from jumprelu.activations import open_activations
+from jumprelu.recipe import TrainConfig
+module = importlib.import_module("jumprelu.train")  # `jumprelu.train` is the function
+acts, out, pause = open_activations(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+advance = module._advance
+module._advance = lambda *a, **k: (time.sleep(pause), advance(*a, **k))[1]  # time to be killed in; same arithmetic
+for architecture, resample in (("jumprelu", ()), ("gated", (0.4, 0.7)), ("batchtopk", ())):
+    config = TrainConfig(architecture=architecture, d_sae=48, steps=100, batch_size=128, k=3, dead_after=1000, sparsity=3e-3,
+                         resample=resample)
+    module.train(acts, config, out=f"{out}/{architecture}", device="cpu", checkpoint_seconds=0.0)
+"""
+
+
+def test_killed_and_resumed_ends_in_the_same_bits(acts, tmp_path):
+    """Real processes, killed while each of three architectures trains, at different steps."""
+
+    def start(out, pause=0.0):
+        return subprocess.Popen([sys.executable, "-c", RUN, str(acts.folder), str(tmp_path / out), str(pause)],
+                                stderr=subprocess.DEVNULL)  # fmt: skip
+
+    assert start("whole").wait() == 0
+    steps = []
+    for architecture, after in (("jumprelu", 0.2), ("jumprelu", 0.4), ("gated", 0.5), ("batchtopk", 0.3)):
+        checkpoint = tmp_path / "killed" / architecture / "checkpoint.safetensors"
+        process, deadline = start("killed", pause=0.02), time.monotonic() + 120
+        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(after)
+        assert process.poll() is None, "the run was over before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if checkpoint.exists():
+            with safe_open(checkpoint, "pt") as f:
+                steps.append(json.loads(f.metadata()["state"])["step"])
+    assert len([step for step in steps if 0 < step < 100]) >= 3
+    assert start("killed").wait() == 0
+    files = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file())
+    assert len(files) == 3 * 4
+    for file in files:  # weights, configuration, log
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+def test_damaged_and_foreign_checkpoints(acts, tmp_path):
+    state = _State(acts, SMALL, torch.device("cpu"))
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    for parameter in state.trainee.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    state.save(checkpoint, "another identity")
+    with pytest.raises(ValueError, match="belongs to a run with other activations"):
+        train(acts, SMALL, out=tmp_path, device="cpu")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is damaged"):
+        train(acts, SMALL, out=tmp_path, device="cpu")
+    assert checkpoint.exists()
+
+
+def test_divergence_is_an_error(acts):
+    with pytest.raises(FloatingPointError, match="diverged at step"):
+        train(acts, dataclasses.replace(SMALL, architecture="relu", lr=1e30, unit_norm=False), device="cpu")
