@@ -176,7 +176,8 @@ def _local_texts(path: Path) -> datasets.IterableDataset:
     for file in files:
         by_kind.setdefault(kinds.get(Path(file).suffix, "text"), []).append(file)
     if len(by_kind) != 1:
-        raise ValueError(f"{path} holds {sorted(by_kind) or 'no files with content'}: expected files of one kind, text, JSONL or Parquet")
+        held = sorted(by_kind) or "no files with content"
+        raise ValueError(f"{path} holds {held}: expected files of one kind, text, JSONL or Parquet")
     kind, files = by_kind.popitem()
     options = {"sample_by": "document"} if kind == "text" else {}
     return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)

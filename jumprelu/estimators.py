@@ -77,7 +77,8 @@ def _checked(threshold: torch.Tensor | float, bandwidth: float, kernel_name: str
         raise ValueError(f"bandwidth must be above 0, got {bandwidth}: the paper uses 0.001 for inputs with E‖x‖² = 1")
     if kernel_name not in KERNELS:
         raise ValueError(f"unknown kernel {kernel_name!r}: expected one of {', '.join(KERNELS)}")
-    threshold = torch.as_tensor(threshold, device=z.device)
+    if not isinstance(threshold, torch.Tensor):
+        threshold = torch.tensor(threshold, dtype=z.dtype, device=z.device)
     try:
         fits = torch.broadcast_shapes(z.shape, threshold.shape) == z.shape
     except RuntimeError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 
@@ -73,9 +75,9 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: 
     with writing(path) as temporary:
         try:
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
-        except Exception as error:  # safetensors reports a full disk as its own error type
-            if "os error 28" in str(error) or "No space left" in str(error):
-                raise OSError(28, "no space left on device") from error
+        except SafetensorError as error:  # a full disk, too, is reported as an error of its own kind
+            if number := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
             raise
 
 

@@ -1,0 +1,299 @@
+"""Activations on disk: one folder a (site, layer), shards of safetensors, an index with their checksums.
+
+Notable here:
+- the index names the request that the store answers (model, tokens, site, layer, dtype) and, for every shard,
+  its rows, bytes and SHA-256. A shard's size is checked when the store is opened, its checksum when it is first read.
+- `batches` is a shuffled, endless stream whose order depends on the seed and `bucket_rows` alone. It can start at any
+  batch number without reading what comes before, so training resumes exactly.
+- reading in random order from a disk is slow, and a whole store may not fit into memory: shards are shuffled, read in
+  buckets of several, and rows are shuffled within a bucket. Memory is one bucket, whatever the store's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256 as new_sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from .files import digest, read_json, sha256, tensor_digest, write_json, writing
+
+FORMAT = 1
+INDEX = "index.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Shard(NamedTuple):
+    """Consecutive rows of a store. activations: float32 [rows, d_in]; the others int32 [rows]."""
+
+    activations: torch.Tensor
+    ids: torch.Tensor
+    """Token at the row's position."""
+    position: torch.Tensor
+    """Position in the row of tokens, from 0."""
+    document: torch.Tensor
+    """Document of the row: what standard errors are clustered by."""
+
+
+# ---- reading --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """A store, open for reading; made by :func:`open_activations`."""
+
+    folder: Path
+    index: dict[str, Any] = field(repr=False)
+    _checked: set[str] = field(default_factory=set, repr=False)
+    """Shards whose checksum was compared since the store was opened."""
+
+    site = property(lambda self: self.index["request"]["site"], doc="resid_post, mlp_out or attn_out; None for a tensor.")
+    layer = property(lambda self: self.index["request"]["layer"], doc="Number of the block, from 0; None for a tensor.")
+    dtype = property(lambda self: self.index["request"]["dtype"], doc="Type on disk, a string; what is read is float32.")
+    d_in = property(lambda self: self.index["d_in"], doc="Width of an activation.")
+    model_name = property(lambda self: self.index["model_name"], doc="Name of the language model; None for a tensor.")
+
+    @property
+    def n_rows(self) -> int:
+        """Number of activations."""
+        return sum(record["rows"] for record in self.index["shards"].values())
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __repr__(self) -> str:
+        origin = "a tensor" if self.model_name is None else f"{self.site} of layer {self.layer} of {self.model_name}"
+        return f"Activations({self.n_rows} rows of {self.d_in} from {origin}, {self.dtype}, in {str(self.folder)!r})"
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the request and of every shard's checksum: what was asked for, and the bytes that came."""
+        return digest(self.index["request"], {name: record["sha256"] for name, record in self.index["shards"].items()})
+
+    def shards(self) -> Iterator[Shard]:
+        """All rows in the order of the tokens, a shard at a time. Raises ValueError for a damaged shard."""
+        for name in sorted(self.index["shards"]):
+            tensors = self._read(name)
+            yield Shard(tensors["activations"].float(), tensors["ids"], tensors["position"], tensors["document"])
+
+    def rows(self, n: int, seed: int = 0) -> torch.Tensor:
+        """A uniform sample of `n` different rows in random order, all rows if there are no more: float32 [n, d_in].
+
+        Reads every shard that holds one of them, one at a time. Raises ValueError for n < 1 or a damaged shard.
+        """
+        if n < 1:
+            raise ValueError(f"asked for {n} rows, expected 1 or more")
+        chosen = torch.randperm(self.n_rows, generator=_generator(seed, "rows"))[:n]
+        sample = torch.empty(len(chosen), self.d_in)
+        first = 0
+        for name, record in sorted(self.index["shards"].items()):
+            mine = (chosen >= first) & (chosen < first + record["rows"])
+            if mine.any():
+                sample[mine] = self._read(name)["activations"][chosen[mine] - first].float()
+            first += record["rows"]
+        return sample
+
+    def batches(self, batch_size: int, seed: int = 0, start: int = 0, bucket_rows: int = 2**18) -> Iterator[torch.Tensor]:
+        """Endless stream of shuffled batches, float32 [batch_size, d_in], epoch after epoch, every batch full.
+
+        start: number of the first batch; `batches(b, seed, k)` gives what `batches(b, seed)` gives after k batches.
+        bucket_rows: rows in memory at a time (at least one shard), 4·d_in bytes each; more mixes further.
+        A batch may hold rows from both sides of the border between two epochs. Raises ValueError for a damaged shard.
+        """
+        if batch_size < 1 or start < 0 or bucket_rows < 1:
+            raise ValueError(f"batch_size {batch_size}, start {start}, bucket_rows {bucket_rows}: expected at least 1, 0 and 1")
+        epoch, skip = divmod(start * batch_size, self.n_rows)
+        rest = torch.empty(0, self.d_in)  # what the last bucket left over
+        while True:
+            for number, names in enumerate(self._buckets(seed, epoch, bucket_rows)):
+                rows = sum(self.index["shards"][name]["rows"] for name in names)
+                if skip >= rows:
+                    skip -= rows
+                    continue
+                order = torch.randperm(rows, generator=_generator(seed, epoch, number))[skip:]
+                skip = 0
+                bucket = self._read_bucket(names, rows)
+                head, order = order[: batch_size - len(rest)], order[batch_size - len(rest) :]
+                rest = torch.cat([rest, bucket[head]])
+                if len(rest) < batch_size:
+                    continue
+                yield rest
+                full = len(order) - len(order) % batch_size
+                for i in range(0, full, batch_size):
+                    yield bucket[order[i : i + batch_size]]
+                rest = bucket[order[full:]]
+                del bucket  # before the next one is read
+            epoch += 1
+
+    def _buckets(self, seed: int, epoch: int, bucket_rows: int) -> list[list[str]]:
+        """Names of the shards in the order of this epoch, grouped so that no group of several has more than `bucket_rows`."""
+        names = sorted(self.index["shards"])
+        buckets: list[list[str]] = []
+        rows = bucket_rows
+        for i in torch.randperm(len(names), generator=_generator(seed, epoch)).tolist():
+            more = self.index["shards"][names[i]]["rows"]
+            if not buckets or rows + more > bucket_rows:
+                buckets.append([])
+                rows = 0
+            buckets[-1].append(names[i])
+            rows += more
+        return buckets
+
+    def _read_bucket(self, names: list[str], rows: int) -> torch.Tensor:
+        bucket, first = torch.empty(rows, self.d_in), 0
+        for name in names:
+            activations = self._read(name)["activations"]
+            bucket[first : first + len(activations)] = activations
+            first += len(activations)
+        return bucket
+
+    def _read(self, name: str) -> dict[str, torch.Tensor]:
+        path = self.folder / name
+        if name not in self._checked and not is_whole(path, self.index["shards"][name]):
+            raise ValueError(_damaged(path))
+        with safe_open(path, framework="pt") as f:
+            tensors = {key: f.get_tensor(key) for key in ("activations", "ids", "position", "document")}
+        if name not in self._checked:
+            bad = ~torch.isfinite(tensors["activations"]).all(dim=-1)
+            if bad.any():
+                raise ValueError(f"{path} holds NaN or infinity in {_count(bad)}. Harvest again into another folder, from a "
+                                 "model that gives finite activations, or with dtype='float32'")
+            self._checked.add(name)
+        return tensors
+
+
+def open_activations(folder: str | Path) -> Activations:
+    """Open the store that :func:`jumprelu.harvest` wrote to `folder`.
+
+    Raises FileNotFoundError if there is none, ValueError if its harvest is unfinished or a shard is missing or truncated.
+    """
+    folder = Path(folder)
+    if not (folder / INDEX).exists():
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{INDEX}"))
+        raise FileNotFoundError(f"no activations in {folder}: it has no {INDEX}. "
+                                + (f"Open one of its sub-folders: {', '.join(inside)}" if inside
+                                   else "Give a folder that jumprelu.harvest(…, out=folder) wrote"))
+    index = _read_index(folder)
+    for name, record in index["shards"].items():
+        if not is_whole(folder / name, record, checksum=False):
+            raise ValueError(_damaged(folder / name))
+    if len(index["shards"]) < index["n_shards"]:
+        raise ValueError(f"{folder} has {len(index['shards'])} of {index['n_shards']} shards: its harvest was interrupted. "
+                         "Call jumprelu.harvest again with the same arguments: it goes on where it stopped")
+    return Activations(folder, index)
+
+
+def _damaged(path: Path) -> str:
+    return (f"{path} is missing, truncated or altered: its size or SHA-256 is not the one in {INDEX}. Delete the file and call "
+            "jumprelu.harvest again with the same arguments: it makes this shard again and keeps the others")
+
+
+def _count(bad: torch.Tensor) -> str:
+    return f"{int(bad.sum())} of {len(bad)} rows, first row {int(bad.nonzero()[0])}"
+
+
+def _generator(*key: Any) -> torch.Generator:
+    """A random generator of its own for every key; on the CPU, so that the order is the same on all machines."""
+    return torch.Generator().manual_seed(int(digest(*key), 16))
+
+
+# ---- writing --------------------------------------------------------------------------------------------------
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def is_whole(path: Path, record: dict[str, Any], checksum: bool = True) -> bool:
+    """Whether the file at `path` is the one that its record in the index describes."""
+    return path.is_file() and path.stat().st_size == record["bytes"] and (not checksum or sha256(path) == record["sha256"])
+
+
+def start_store(folder: Path, request: dict[str, Any], model_name: str | None, d_in: int, n_shards: int) -> dict[str, Any]:
+    """The index to go on from: that of the store in `folder`, less damaged shards, if it answers `request`; else a new one.
+
+    request: what the store's content follows from, with at least site, layer and dtype. If all shards are there with
+    their sizes, checksums are left to the reader; if one is missing, the others' are compared now.
+
+    Raises ValueError if `folder` holds the answer to another request, or shards without an index; nothing is changed then.
+    """
+    if (folder / INDEX).exists():
+        index = _read_index(folder)
+        if index["request"] != request:
+            there = index["request"]
+            differ = [f"{key} is {there.get(key)!r} there and {request.get(key)!r} here"
+                      for key in sorted(request.keys() | there.keys()) if there.get(key) != request.get(key)]
+            raise ValueError(f"{folder} holds other activations: {'; '.join(differ)}. Choose another folder, or delete this one")
+        for checksum in (False, True):
+            index["shards"] = {n: record for n, record in index["shards"].items() if is_whole(folder / n, record, checksum)}
+            if len(index["shards"]) == n_shards:
+                break
+    elif any(folder.glob("shard-*.safetensors")):
+        raise ValueError(f"{folder} holds shards without {INDEX}: choose another folder, or delete this one")
+    else:
+        index = {"format": FORMAT, "request": request, "model_name": model_name, "d_in": d_in, "n_shards": n_shards, "shards": {}}
+        write_json(folder / INDEX, index)
+    for leftover in folder.glob(".*.tmp"):  # of a killed process
+        leftover.unlink()
+    return index
+
+
+def add_shard(folder: Path, index: dict[str, Any], number: int, shard: Shard) -> None:
+    """Write shard `number` in the index's dtype, then the index with it: a kill in between costs one shard, nothing else.
+
+    The checksum is that of the bytes meant to be written, not of what a disk made of them.
+    Raises ValueError for NaN or infinity, before anything is written; OSError naming the file if the disk is full.
+    """
+    activations = shard.activations.to(DTYPES[index["request"]["dtype"]])
+    bad = ~torch.isfinite(activations).all(dim=-1)
+    if bad.any():
+        raise ValueError(f"{folder / shard_name(number)} would hold NaN or infinity in {_count(bad)}: it was not written")
+    whole = {name: getattr(shard, name).to(torch.int32, copy=True) for name in ("ids", "position", "document")}
+    data = save({"activations": activations.contiguous(), **whole})
+    with writing(folder / shard_name(number)) as temporary:
+        temporary.write_bytes(data)
+    record = {"rows": len(activations), "bytes": len(data), "sha256": new_sha256(data).hexdigest()}
+    index["shards"][shard_name(number)] = record
+    write_json(folder / INDEX, index)
+
+
+def activations_from_tensor(x: torch.Tensor, out: str | Path, document: torch.Tensor | None = None, shard_rows: int = 2**16,
+                            dtype: str = "float32") -> Activations:
+    """Store the rows of `x`, float [rows, d_in], in the folder `out`: toy data for whatever takes `Activations`.
+
+    document: integers [rows], by default one a row. Token ids and positions are 0. Raises ValueError for another shape,
+    NaN or infinity, or a folder that holds something else.
+    """
+    if x.ndim != 2 or not x.is_floating_point() or not x.numel():
+        raise ValueError(f"expected a float tensor of shape [rows, d_in], got {tuple(x.shape)} of {x.dtype}")
+    check_dtype(dtype)
+    x = x.detach().cpu()
+    document = torch.arange(len(x)) if document is None else document.cpu()
+    zeros = torch.zeros(len(x), dtype=torch.int32)
+    request = {"tokens": tensor_digest({"x": x, "document": document}), "model": None, "site": None, "layer": None,
+               "dtype": dtype, "shard_rows": shard_rows}  # fmt: skip
+    starts = range(0, len(x), shard_rows)
+    index = start_store(Path(out), request, None, x.shape[1], len(starts))
+    for number, first in enumerate(starts):
+        if shard_name(number) not in index["shards"]:
+            rows = slice(first, first + shard_rows)
+            add_shard(Path(out), index, number, Shard(x[rows], zeros[rows], zeros[rows], document[rows]))
+    return open_activations(out)
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    index = read_json(folder / INDEX)
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        found = index.get("format") if isinstance(index, dict) else type(index).__name__
+        raise ValueError(f"{folder / INDEX} has format {found!r}, this version reads {FORMAT}: harvest into another folder")
+    return index
