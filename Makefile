@@ -1,0 +1,64 @@
+# GNU make 3.81 (macOS) and later. `make` alone lists the targets.
+
+PROFILE ?= laptop
+NOTEBOOK ?=
+# The first interpreter that is new enough; `make setup PYTHON=/path/to/python3` chooses another.
+PYTHON ?= $(firstword $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p; done) python3)
+# Linux without a GPU: PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" avoids the CUDA packages.
+PIP_ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed-from
+# Tests marked `network` run where CI is set.
+MARKED := $(if $(CI),,-m "not network")
+
+.PHONY: help setup reproduce test lm lock lab clean
+
+help: ## list the targets (default)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo '  PROFILE=name (of notebooks/profiles; default laptop), NOTEBOOK=NN, PYTHON=python3.11, PIP_ARGS="..."'
+
+# Compared by content: times of files say nothing after a clone.
+setup: ## make .venv from requirements.lock, if it is missing or the lock has changed
+	@cat requirements.lock pyproject.toml | cmp -s - $(INSTALLED) || $(MAKE) --no-print-directory install
+
+.PHONY: install
+install:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "Python 3.11 or later is needed, and $(PYTHON) is not one: install it, or name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(RUN) || { echo "making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); } || { \
+		echo "could not make $(VENV): on Debian and Ubuntu, install the package python3-venv; then run make again" >&2; rm -rf $(VENV); exit 1; }
+	@echo "installing requirements.lock into $(VENV) (about 1 GB, some minutes; more on Linux with CUDA)"
+	@# Compiling all of it now would take as long as the rest; Python compiles what is imported.
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS) -r requirements.lock
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@cat requirements.lock pyproject.toml > $(INSTALLED)
+	@echo "$(VENV) is ready"
+
+reproduce: setup ## run the notebooks that are not up to date; write figures/; print the facts
+	@$(RUN) -m jumprelu.reproduce --profile $(PROFILE) $(if $(NOTEBOOK),--notebook $(NOTEBOOK))
+
+test: setup ## lint, unit tests with coverage, then every committed notebook under nbval
+	$(RUN) -m ruff check
+	$(RUN) -m pytest -q $(MARKED) --cov
+	$(RUN) -m pytest -q --nbval --nbval-current-env --nbval-cell-timeout=900 \
+		--nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
+
+lm: setup ## train the embedded language model from scratch (2 to 3 hours on 2 cores)
+	$(RUN) -m jumprelu.train_lm
+
+lab: setup ## open the notebooks in JupyterLab
+	cd notebooks && ../$(RUN) -m jupyterlab
+
+lock: setup ## write requirements.lock again, from what .venv holds
+	@{ sed -n '/^#/p' requirements.lock; $(RUN) -m pip freeze --all --exclude pip --exclude jumprelu | sed 's/+.*//'; } > $(VENV)/lock
+	@mv $(VENV)/lock requirements.lock
+	@echo "wrote requirements.lock"
+
+clean: ## remove what can be made again: results, failed runs, caches (not .venv, nor the checkpoints of make lm)
+	test ! -d .cache || find .cache -mindepth 1 -maxdepth 1 ! -name lm -exec rm -rf {} +
+	rm -rf .pytest_cache .ruff_cache .coverage .figures-* build *.egg-info
+	find jumprelu tests notebooks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,109 @@
+"""Figures and facts: what a notebook leaves in `figures/`.
+
+Notable here:
+- one call writes the PDF, the PNG and the plotted numbers as CSV. The first line of the CSV says where it
+  comes from: a hash of the numbers and a hash of the code that drew them. Never a date, never a commit.
+- the same figure written twice is the same bytes, so git shows a change only where there is one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from .cache import closure_hash
+from .files import digest, write_json, write_text, writing
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+"""For curves of few points: one marker a curve, beside the colour and the line style that the style sheet gives."""
+
+
+def use_style() -> None:
+    """Set matplotlib's defaults to `paper.mplstyle`; figures made from now on have the companion's look."""
+    plt.style.use(Path(__file__).with_name("paper.mplstyle"))
+
+
+def figures_folder() -> Path:
+    """`$JUMPRELU_FIGURES`, or `figures` in a checkout, or `figures` in the current folder."""
+    if "JUMPRELU_FIGURES" in os.environ:
+        return Path(os.environ["JUMPRELU_FIGURES"])
+    checkout = Path(__file__).resolve().parent.parent
+    return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "figures"
+
+
+def _csv(data: pd.DataFrame) -> str:
+    if not isinstance(data, pd.DataFrame) or not data.index.equals(pd.RangeIndex(len(data))) or data.columns.nlevels != 1:
+        raise ValueError("data must be a DataFrame with plain columns and the default index, because it becomes a CSV: "
+                         "call data.reset_index() first")
+    text = data.to_csv(index=False, float_format="%.6g")
+    if "#" in text:
+        raise ValueError("data must not contain '#', which begins a comment in the CSV: rename that column or value")
+    return text
+
+
+def save_figure(fig: Figure, name: str, data: pd.DataFrame) -> Figure:
+    """Write `name`.pdf, `name`.png and `name`.csv to the figures folder; return `fig`, closed, for the cell to show once.
+
+    name: `NN_name`, NN the notebook's number; data: what is plotted, six digits of it are kept.
+    The figure must be the work of `plots.name(data)`, so that it can be drawn again from the CSV.
+
+    Raises ValueError for a name without such a function, or data that a CSV cannot hold.
+    """
+    if not re.fullmatch(r"\d\d_[a-z0-9_]+", name):
+        raise ValueError(f"name must be the notebook's number and the figure's name, such as '02_training', got {name!r}")
+    # found by name, because an import would make every notebook depend on every figure's code
+    draw = getattr(importlib.import_module(f"{__package__}.plots"), name[3:], None)
+    if draw is None:
+        raise ValueError(f"no function jumprelu.plots.{name[3:]} for the figure {name!r}: "
+                         "put the code that draws it there, a function from the DataFrame to the Figure")
+    text = _csv(data)
+    provenance = f"jumprelu data={digest(text)} code={closure_hash(draw)}"
+    path = figures_folder() / name
+    write_text(path.with_suffix(".csv"), f"# {provenance}\n{text}")
+    with writing(path.with_suffix(".pdf")) as temporary:
+        fig.savefig(temporary, format="pdf", metadata={"CreationDate": None, "Subject": provenance})
+    with writing(path.with_suffix(".png")) as temporary:
+        fig.savefig(temporary, format="png", metadata={"Software": None, "Description": provenance})
+    plt.close(fig)
+    return fig
+
+
+def read_figure_data(path: str | Path) -> pd.DataFrame:
+    """The numbers of a saved figure, as `plots.name` takes them. Raises ValueError if they were edited by hand."""
+    first, _, text = Path(path).read_text(encoding="utf-8").partition("\n")
+    found = re.match(r"# jumprelu data=(\w+) ", first)
+    if not found or found[1] != digest(text):
+        raise ValueError(f"{path} is not as save_figure wrote it: `make reproduce` writes it again")
+    return pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""])
+
+
+def _plain(name: str, value: Any) -> bool | int | float | str:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if not isinstance(value, bool | int | float | str):
+        raise TypeError(f"the fact {name!r} is a {type(value).__name__}: expected a number, a string or a truth value, "
+                        "rounded below what differs from machine to machine")
+    return value
+
+
+def facts(notebook: str, values: dict[str, Any]) -> None:
+    """Print a notebook's facts as a table and write them to `NN_facts.json` in the figures folder.
+
+    notebook: its number, such as "00"; values: fact → number, string or truth value.
+    """
+    if not re.fullmatch(r"\d\d", notebook):
+        raise ValueError(f"notebook must be its number, such as '00', got {notebook!r}")
+    values = {name: _plain(name, value) for name, value in values.items()}
+    write_json(figures_folder() / f"{notebook}_facts.json", values)
+    width = max(map(len, values), default=0)
+    for name, value in values.items():
+        print(f"{name:<{width}}  {value}")

@@ -1,0 +1,126 @@
+"""Figures that are the same bytes twice, and numbers that come back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from jumprelu import figures, plots
+from jumprelu.figures import facts, read_figure_data, save_figure
+
+
+def lines(data: pd.DataFrame) -> plt.Figure:
+    """A function from data to figure, as those of plots.py."""
+    fig, ax = plt.subplots()
+    for name in data["name"].unique():
+        rows = data[data["name"] == name]
+        ax.plot(rows["x"], rows["y"], label=name)
+    ax.set_title("T $\\theta$")
+    ax.legend()
+    return fig
+
+
+@pytest.fixture
+def data():
+    x = np.linspace(0, 1, 7)
+    return pd.DataFrame({"x": np.tile(x, 2), "y": np.r_[x / 3, x**2], "name": ["None"] * 7 + ["b"] * 7})
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUMPRELU_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setattr(plots, "lines", lines, raising=False)
+    return tmp_path / "figures"
+
+
+def written(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_same_figure_is_the_same_bytes(folder, data):
+    fig = lines(data)
+    assert save_figure(fig, "07_lines", data) is fig
+    assert plt.get_fignums() == []
+    first = written(folder)
+    assert set(first) == {"07_lines.pdf", "07_lines.png", "07_lines.csv"}
+    save_figure(lines(data), "07_lines", data)
+    assert written(folder) == first
+    save_figure(lines(read_figure_data(folder / "07_lines.csv")), "07_lines", read_figure_data(folder / "07_lines.csv"))
+    again = written(folder)
+    assert again["07_lines.csv"] == first["07_lines.csv"]
+    assert b"CreationDate" not in again["07_lines.pdf"] and b"Software" not in again["07_lines.png"]
+
+
+def test_the_bytes_do_not_depend_on_the_process(tmp_path):
+    code = "import test_figures as t, pandas as pd; from jumprelu import plots; plots.lines = t.lines; "
+    code += "d = pd.DataFrame({'x': [0, 1], 'y': [0, .5], 'name': ['a', 'a']}); t.save_figure(t.lines(d), '07_lines', d)"
+    seen = []
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+        settings = os.environ | {"PYTHONHASHSEED": seed, "JUMPRELU_FIGURES": str(folder), "MPLBACKEND": "Agg", "PYTHONPATH": path}
+        subprocess.run([sys.executable, "-c", code], env=settings, check=True)
+        seen.append(written(folder))
+    assert seen[0] == seen[1]
+
+
+def test_the_csv_holds_six_digits_and_its_provenance(folder, data):
+    save_figure(lines(data), "07_lines", data)
+    path = folder / "07_lines.csv"
+    assert path.read_text().startswith("# jumprelu data=")
+    pd.testing.assert_frame_equal(read_figure_data(path), data, rtol=1e-5)
+    assert pd.read_csv(path, comment="#").shape == data.shape
+    path.write_text(path.read_text().replace("0.333333", "0.4"))
+    with pytest.raises(ValueError, match="make reproduce"):
+        read_figure_data(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("lines", lambda d: d, "the notebook's number"),
+        ("07_nothing_draws_this", lambda d: d, "no function jumprelu.plots.nothing_draws_this"),
+        ("07_lines", lambda d: d.set_index("x"), "reset_index"),
+        ("07_lines", lambda d: d.assign(name="#1"), "must not contain '#'"),
+    ],
+)
+def test_what_could_not_be_drawn_again_is_refused(folder, data, name, change, message):
+    with pytest.raises(ValueError, match=message):
+        save_figure(lines(data), name, change(data))
+    plt.close("all")
+    assert not folder.exists()
+
+
+def test_facts_are_printed_and_written(folder, capsys):
+    facts("07", {"loss": np.float64(1.5), "rows": np.int64(3), "holds": np.bool_(True), "name": "x"})
+    assert capsys.readouterr().out.splitlines() == ["loss   1.5", "rows   3", "holds  True", "name   x"]
+    assert json.loads((folder / "07_facts.json").read_text()) == {"loss": 1.5, "rows": 3, "holds": True, "name": "x"}
+    with pytest.raises(TypeError, match="'t' is a ndarray"):
+        facts("07", {"t": np.zeros(3)})
+    with pytest.raises(ValueError, match="its number"):
+        facts("7", {})
+
+
+def test_style_embeds_fonts_and_tells_lines_apart_twice():
+    figures.use_style()
+    cycle = list(plt.rcParams["axes.prop_cycle"])
+    assert plt.rcParams["pdf.fonttype"] == 42
+    assert [entry["color"] for entry in cycle] == ["#" + c if not c.startswith("#") else c for c in petroff10()]
+    assert all(a["linestyle"] != b["linestyle"] for a, b in zip(cycle, cycle[1:], strict=False))
+
+
+def petroff10():
+    with plt.style.context("petroff10"):
+        return [entry["color"] for entry in plt.rcParams["axes.prop_cycle"]]
+
+
+def test_figures_go_to_the_checkout_by_default(monkeypatch):
+    monkeypatch.delenv("JUMPRELU_FIGURES")
+    assert figures.figures_folder().name == "figures" and (figures.figures_folder().parent / "jumprelu").is_dir()
