@@ -76,7 +76,9 @@ class Trainee(torch.nn.Module):
     def forward(self, x: torch.Tensor, bandwidth: float) -> Forward:
         """x: [batch, d_in] in normalised units; bandwidth: ε at this step."""
         c = self.config
-        pre = (x - self.b_dec) @ self.W_enc + self.b_enc  # [batch, d_sae]
+        # (x − b_dec) W_enc + b_enc, written so that no gradient of x's shape is ever formed
+        offset = self.b_dec @ self.W_enc
+        pre = x @ self.W_enc + (self.b_enc - offset)  # [batch, d_sae]
         match c.architecture:
             case "relu":
                 acts = pre.relu()

@@ -25,7 +25,7 @@ import datasets
 import torch
 from tqdm import tqdm
 
-from .files import cache_root, digest
+from .files import cache_root, digest, read_json
 
 PACKAGES = (
     "torch", "transformers", "sympy", "pandas", "scipy", "numpy", "matplotlib", "networkx", "fonttools",
@@ -33,9 +33,6 @@ PACKAGES = (
     "rich", "pillow", "fsspec", "jupyter_server", "coverage", "anyio", "Jinja2",
 )  # fmt: skip
 """Distributions whose text is the default corpus, beside the standard library."""
-
-FINGERPRINT = "unset"
-"""Fingerprint of the corpus that the embedded model was trained on."""
 
 SUFFIXES = (".py", ".rst", ".md")
 SPLITS = {"test": 3, "validation": 2, "train": 95}  # percent of documents
@@ -97,7 +94,7 @@ def installed_files() -> list[tuple[str, str]]:
         try:
             files = importlib.metadata.distribution(package).files or []
         except importlib.metadata.PackageNotFoundError:
-            warnings.warn(f"the corpus lacks {package}, which is not installed here: `make setup` installs the lock", stacklevel=2)
+            warnings.warn(f"the corpus lacks {package}: it is not installed; `make setup` installs the lock", stacklevel=2)
             continue
         found += [(f"{package}/{f.as_posix()}", str(f.locate())) for f in files if f.suffix in SUFFIXES]
     return sorted(found)
@@ -123,7 +120,8 @@ def installed_texts(split: str) -> datasets.Dataset:
     """
     files = installed_files()
     folder = cache_root() / "datasets"
-    key = digest([name for name, _ in files], [os.stat(path).st_size for _, path in files if os.path.exists(path)], SPLITS)
+    stats = [os.stat(path) for _, path in files if os.path.exists(path)]
+    key = digest([name for name, _ in files], [(stat.st_size, stat.st_mtime_ns) for stat in stats], SPLITS)
     whole = datasets.Dataset.from_generator(
         _read_installed, gen_kwargs={"files": tuple(files)}, cache_dir=str(folder), fingerprint=f"installed-{key}"
     )  # a list of files would be read as shards, one generator each, and duplicates across them be missed
@@ -137,6 +135,11 @@ def fingerprint(texts: datasets.Dataset) -> str:
     for row in texts:
         seen.update(hashlib.sha256((row["path"] + "\0" + row["text"]).encode()).digest())
     return seen.hexdigest()[:16]
+
+
+def recorded_fingerprint() -> str:
+    """Fingerprint of the test split of the corpus that the embedded model was trained beside."""
+    return read_json(Path(__file__).with_name("lm") / "training.json")["corpus"]
 
 
 def load_texts(source: str = "installed", split: str = "train") -> datasets.Dataset | datasets.IterableDataset:
@@ -164,7 +167,7 @@ def load_texts(source: str = "installed", split: str = "train") -> datasets.Data
         available = datasets.get_dataset_split_names(source)
         hub_split = split if split in available else "train"
         texts = datasets.load_dataset(source, split=hub_split, streaming=True)
-    return texts if hub_split == split and split != "train" else _divide(texts, split)
+    return _with_paths(texts) if hub_split == split and split != "train" else _divide(texts, split)
 
 
 def _local_texts(path: Path) -> datasets.IterableDataset:
@@ -183,12 +186,16 @@ def _local_texts(path: Path) -> datasets.IterableDataset:
     return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
 
 
-def _divide(texts: datasets.IterableDataset, split: str) -> datasets.IterableDataset:
+def _with_paths(texts: datasets.IterableDataset) -> datasets.IterableDataset:
+    """The same documents with a `path`: a hash of their content."""
     row = next(iter(texts), None)
     if row is None or not isinstance(row.get("text"), str):
         raise ValueError(f"expected documents with a `text` column of strings, found columns {sorted(row or [])}")
-    with_path = texts.map(lambda row: {"path": hashlib.sha256(row["text"].encode()).hexdigest()[:16]})
-    return with_path.filter(lambda row: split_of(row["path"]) == split)
+    return texts.map(lambda row: {"path": hashlib.sha256(row["text"].encode()).hexdigest()[:16]})
+
+
+def _divide(texts: datasets.IterableDataset, split: str) -> datasets.IterableDataset:
+    return _with_paths(texts).filter(lambda row: split_of(row["path"]) == split)
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------
@@ -199,7 +206,8 @@ def tokenize(texts: Iterable[dict[str, Any]], tokenizer: Any, context_size: int 
     """Cut documents into full rows `<bos> t_1 … t_{context_size-1}`; a document's last, short row is dropped.
 
     A dataset that is not streamed is visited in an order that depends on `seed` alone. `rows_per_document` keeps
-    a long document from filling a small sample: that many rows, evenly spaced, are kept. Special tokens inside the text are read as plain text.
+    a long document from filling a small sample: that many rows, evenly spaced, are kept. Special tokens inside the
+    text are read as plain text.
 
     Raises ValueError if no document fills a row.
     """

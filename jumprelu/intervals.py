@@ -1,11 +1,17 @@
-"""Standard errors and confidence intervals: over documents, over groups of documents, over seeds."""
+"""Standard errors and confidence intervals: over documents, over groups of documents, over seeds and repeats.
+
+Notable here: an :class:`Interval` holds floats or arrays of one shape, and unpacks as mean, low, high, the columns
+in which tables and figures have it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+import pandas as pd
 import torch
 from scipy import stats
 
@@ -58,25 +64,67 @@ def share_estimate(fired: torch.Tensor, tokens: torch.Tensor, at_least: float, a
 
 
 class Interval(NamedTuple):
-    """A mean and half the width of its confidence interval: mean ± half."""
+    """An estimate and the two ends of its confidence interval: floats, or arrays of one shape."""
 
-    mean: float
-    half: float
-
-    @property
-    def low(self) -> float:
-        return self.mean - self.half
+    mean: float | np.ndarray
+    low: float | np.ndarray
+    high: float | np.ndarray
 
     @property
-    def high(self) -> float:
-        return self.mean + self.half
+    def half(self) -> float | np.ndarray:
+        """Half the width."""
+        return (self.high - self.low) / 2
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean of independent runs with Student's t-interval; NaN for its half-width when there is one run only."""
+def _reach(degrees: int, level: float, comparisons: int = 1) -> float:
+    """Standard errors from the middle of a t-interval to its ends."""
+    return float(stats.t.ppf(1 - (1 - level) / 2 / comparisons, degrees))
+
+
+def mean_interval(values: Sequence[float] | np.ndarray | torch.Tensor, level: float = 0.95, comparisons: int = 1) -> Interval:
+    """Mean over axis 0 of independent `values`, shape [n, ...], with Student's t-interval; ends are NaN where n is 1.
+
+    With `comparisons` > 1 that many intervals hold *together* at `level` (Bonferroni). Values of shape [n] give
+    plain floats. Raises ValueError for no values.
+    """
+    values = np.asarray(values, dtype=float)
     n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return Interval(mean, float("nan"))
-    sd = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    return Interval(mean, float(stats.t.ppf(0.5 + level / 2, n - 1)) * sd / math.sqrt(n))
+    if n == 0:
+        raise ValueError("a mean needs at least 1 value, got none")
+    mean = values.mean(0)
+    half = values.std(0, ddof=1) / math.sqrt(n) * _reach(n - 1, level, comparisons) if n > 1 else np.full_like(mean, math.nan)
+    found = Interval(mean, mean - half, mean + half)
+    return Interval(*map(float, found)) if values.ndim == 1 else found
+
+
+def summarise(samples: pd.DataFrame, by: list[str], value: str = "value") -> pd.DataFrame:
+    """Mean and 95 % interval of column `value` over the repeats in each group: columns `by`, mean, low, high."""
+    groups = samples.groupby(by, sort=False)[value]
+    rows = [(*key, *mean_interval(group)) for key, group in groups]
+    return pd.DataFrame(rows, columns=[*by, "mean", "low", "high"])
+
+
+def leave_one_out(statistic: Callable[..., float], *samples: np.ndarray) -> np.ndarray:
+    """`statistic` of arrays that share axis 0, of length n: of all of it, then without each place in turn; [1 + n]."""
+    without = [statistic(*(np.delete(s, i, axis=0) for s in samples)) for i in range(len(samples[0]))]
+    return np.array([statistic(*samples), *without])
+
+
+def jackknife(estimates: np.ndarray, level: float = 0.95) -> Interval:
+    """Interval of the first of `estimates` [of the whole, without group 1, …, without group G].
+
+    Delete-a-group jackknife with Student's t on G − 1 degrees of freedom (Efron & Tibshirani 1993, chapter 11).
+    """
+    whole, without = float(estimates[0]), estimates[1:]
+    groups = len(without)
+    half = math.sqrt((groups - 1) / groups * np.square(without - without.mean()).sum()) * _reach(groups - 1, level)
+    return Interval(whole, whole - half, whole + half)
+
+
+def squared_length(samples: np.ndarray) -> float:
+    """Unbiased estimate of ‖E v‖² from independent vectors v, the rows of `samples` [n, d]: the mean of v·v' over pairs.
+
+    The square of the mean vector's length would count its noise as signal. May be negative where ‖E v‖² is near 0.
+    """
+    n = len(samples)
+    return float((np.square(samples.sum(0)).sum() - np.square(samples).sum()) / (n * (n - 1)))

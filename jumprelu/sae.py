@@ -136,7 +136,8 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu", dtype: torc
         raise FileNotFoundError(f"no SAE in {folder}: expected {' and '.join(missing)}, found {found}")
     config = read_json(folder / CONFIG)
     if config.get("format") != FORMAT:
-        raise ValueError(f"{folder / CONFIG} has format {config.get('format')!r}, this version reads {FORMAT}: save it again with a matching version")
+        raise ValueError(f"{folder / CONFIG} has format {config.get('format')!r}, this version reads {FORMAT}: save the SAE "
+                         "again with a matching version")
     try:
         tensors = load_file(folder / WEIGHTS, device=str(device))
     except SafetensorError as error:

@@ -121,7 +121,7 @@ def heldout_loss(model: torch.nn.Module, ids: torch.Tensor, batch_rows: int = 16
 
 
 def training_rows(config: LMConfig, work: Path):
-    """Tokenizer, training rows as int16 [n_rows, context_size], validation rows; made once, then read back."""
+    """Tokenizer, training rows as int32 [n_rows, context_size], validation rows; made once, then read back."""
     folder = work / f"tokens-{digest(config.source, config.vocab_size, config.context_size, config.pool_tokens, config.seed)}"
     if not (folder / "done").exists():
         texts = load_texts(config.source, "train")
@@ -133,7 +133,7 @@ def training_rows(config: LMConfig, work: Path):
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed))
         tokenizer.save_pretrained(folder)
         with writing(folder / "rows.pt") as f:
-            torch.save({"train": train.ids[order].to(torch.int16), "heldout": heldout.ids}, f)
+            torch.save({"train": train.ids[order].to(torch.int32), "heldout": heldout.ids}, f)
         whole = isinstance(texts, datasets.Dataset)  # a streamed source has no length, and its end may be far
         corpus = {"corpus": fingerprint(load_texts(config.source, "test")), "documents": len(texts)} if whole else {}
         write_json(folder / "done", corpus)

@@ -2,10 +2,21 @@
 
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from jumprelu.intervals import Estimate, mean_interval, ratio_estimate, share_estimate
+from jumprelu.intervals import (
+    Estimate,
+    jackknife,
+    leave_one_out,
+    mean_interval,
+    ratio_estimate,
+    share_estimate,
+    squared_length,
+    summarise,
+)
 
 
 def test_ratio_estimate_by_hand():
@@ -41,8 +52,55 @@ def test_estimates_print_to_their_precision():
 
 
 def test_mean_interval_by_hand():
-    mean, half = mean_interval([1.0, 2.0, 3.0])  # sd 1, t(0.975, 2) = 4.3027
-    assert mean == 2.0 and half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
-    assert math.isnan(mean_interval([1.0]).half)
-    interval = mean_interval([0.0, 2.0])
-    assert (interval.low + interval.high) / 2 == 1.0 and interval.high > 2
+    mean, low, high = mean_interval([1.0, 2.0, 3.0])  # sd 1, t(0.975, 2) = 4.3027
+    assert mean == 2.0 and high - mean == mean - low == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
+    assert mean_interval([1.0]).mean == 1.0 and math.isnan(mean_interval([1.0]).half)
+    assert mean_interval([0.0, 2.0], level=0.5).half == pytest.approx(1.0)  # t(0.75, 1) = 1
+    with pytest.raises(ValueError, match="at least 1 value"):
+        mean_interval([])
+
+
+def test_mean_interval_gives_floats_or_one_interval_a_column():
+    table = torch.tensor([[1.0, 10.0], [2.0, 30.0], [6.0, 20.0]])
+    both = mean_interval(table)
+    for column in range(2):
+        one = mean_interval(table[:, column])
+        assert all(type(v) is float for v in one)  # so that a comparison is a plain bool
+        assert one == pytest.approx([v[column] for v in both])
+
+
+def test_intervals_cover_as_often_as_they_say():
+    draws = np.random.default_rng(0).normal(3, 2, (6, 4000))
+
+    def holds(comparisons: int) -> np.ndarray:
+        found = mean_interval(draws, comparisons=comparisons)
+        return (found.low <= 3.0) & (found.high >= 3.0)
+
+    assert abs(holds(1).mean() - 0.95) < 0.012
+    assert holds(20).reshape(-1, 20).all(1).mean() > 0.93
+
+
+def test_summarise_is_an_interval_a_group():
+    samples = pd.DataFrame({"name": ["b", "b", "a", "a", "b"], "value": [1.0, 2.0, 5.0, 7.0, 6.0]})
+    table = summarise(samples, ["name"])
+    assert table.name.tolist() == ["b", "a"]
+    assert table.iloc[0, 1:].tolist() == list(mean_interval([1.0, 2.0, 6.0]))
+
+
+def test_jackknife_of_a_mean_is_the_t_interval():
+    values = np.random.default_rng(0).normal(size=12)
+    found = jackknife(leave_one_out(lambda v: v.mean(), values))
+    assert found == pytest.approx(mean_interval(values))
+    assert found.half == pytest.approx(2.200985 * values.std(ddof=1) / math.sqrt(12), rel=1e-6)
+
+
+def test_leave_one_out_leaves_out_the_same_place_of_each_array():
+    a, b = np.array([1.0, 2.0, 4.0]), np.array([1.0, 1.0, 2.0])
+    assert leave_one_out(lambda x, y: x.sum() / y.sum(), a, b).tolist() == [7 / 4, 6 / 3, 5 / 3, 3 / 2]
+
+
+def test_squared_length_is_unbiased_where_the_plain_one_is_not():
+    draws = np.random.default_rng(0).normal(0, 1, (3000, 5, 8)) + 0.5
+    found = [squared_length(d) for d in draws]
+    assert abs(np.mean(found) - 2.0) < 4 * np.std(found) / math.sqrt(3000)
+    assert np.mean([np.square(d.mean(0)).sum() for d in draws]) > 3

@@ -1,0 +1,70 @@
+"""Small studies that notebooks share: the same configuration over seeds, scored on held-out text, as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+
+from .activations import Activations
+from .cache import remember
+from .corpus import Tokens
+from .lm import LM
+from .metrics import Report, evaluate
+from .recipe import TrainConfig
+from .train import TrainResult, train
+
+
+def train_seeds(acts: Activations, config: TrainConfig, seeds: int) -> list[TrainResult]:
+    """`config` trained with seeds 0 … seeds − 1; each run is remembered by itself."""
+    return [remember(train, acts, dataclasses.replace(config, seed=seed)) for seed in range(seeds)]
+
+
+def score_runs(runs: Sequence[TrainResult], lm: LM, tokens: Tokens) -> list[Report]:
+    """Each run's SAE evaluated on held-out tokens; remembered."""
+    return [remember(evaluate, run.sae, lm, tokens) for run in runs]
+
+
+def joined_logs(runs: Sequence[TrainResult]) -> pd.DataFrame:
+    """The training logs of several seeds below each other, with a column `seed`."""
+    return pd.concat([run.log.assign(seed=seed) for seed, run in enumerate(runs)], ignore_index=True)
+
+
+def score_table(architecture: str, scores: Sequence[Report]) -> pd.DataFrame:
+    """One row a seed: architecture, seed, and the values of each metric."""
+    metrics = ("l0", "fvu", "delta_loss", "kl", "dead", "dense_1", "dense_10", "norm_ratio")
+    rows = [{"architecture": architecture, "seed": seed, **{name: getattr(score, name).value for name in metrics}}
+            for seed, score in enumerate(scores)]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def latent_table(run: TrainResult, score: Report, threshold_init: float) -> pd.DataFrame:
+    """One row a latent: threshold in units of √E‖x‖², share of held-out tokens on which it fires, θ_init."""
+    threshold = (run.sae.threshold / run.sae.input_scale).detach().cpu()
+    return pd.DataFrame({"threshold": threshold.double(), "frequency": score.frequency.double(), "initial": threshold_init})
+
+
+def l0_histogram(scores: dict[str, Report], bins: int = 60) -> pd.DataFrame:
+    """Share of tokens by their number of active latents; columns architecture, l0 (middle of the bin), share."""
+    top = max(score.l0_per_token.max().item() for score in scores.values()) + 1
+    width = max(1, -(-top // bins))
+    tables = []
+    for name, score in scores.items():
+        counts = torch.bincount(score.l0_per_token // width, minlength=-(-top // width)).double()
+        middle = [i * width + (width - 1) / 2 for i in range(len(counts))]
+        tables.append(pd.DataFrame({"architecture": name, "l0": middle, "share": (counts / counts.sum()).tolist()}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def bandwidth_table(acts: Activations, lm: LM, tokens: Tokens, config: TrainConfig, others: Sequence[float],
+                    seeds: int) -> pd.DataFrame:
+    """`config` at its own bandwidth and at `others`: bandwidth, seed, l0, fvu, delta_loss and the travel of log θ."""
+    tables = []
+    for bandwidth in sorted({config.bandwidth, *others}):
+        runs = train_seeds(acts, dataclasses.replace(config, bandwidth=bandwidth), seeds)
+        table = score_table("JumpReLU", score_runs(runs, lm, tokens)).assign(bandwidth=bandwidth)
+        table["threshold_travel"] = [run.log.threshold_travel.iloc[-1] for run in runs]
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
