@@ -11,6 +11,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from .figures import MARKERS, use_style
@@ -22,49 +23,46 @@ use_style()
 # ---- 02: training one JumpReLU SAE --------------------------------------------------------------------------------
 
 
-def _panel(ax: plt.Axes, data: pd.DataFrame, x: str, y: str, label: str, **style) -> None:
-    """One curve per seed, thin, in one colour, and their mean on top."""
-    mean = data.groupby(x)[y].mean()
-    (line,) = ax.plot(mean.index, mean, label=label, **style)
+def _panel(ax: plt.Axes, data: pd.DataFrame, y: str, label: str) -> None:
+    """`y` over training tokens: one thin curve per seed, and their mean on top."""
+    mean = data.groupby("tokens")[y].mean()
+    (line,) = ax.plot(mean.index, mean, label=label)
     for _, rows in data.groupby("seed"):
-        ax.plot(rows[x], rows[y], color=line.get_color(), linewidth=0.6, alpha=0.5, linestyle=line.get_linestyle())
+        ax.plot(rows.tokens, rows[y], color=line.get_color(), linewidth=0.6, alpha=0.5, linestyle=line.get_linestyle())
+    ax.set_xlabel("training tokens")
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(4))
+    ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
 
 
 def training(data: pd.DataFrame) -> Figure:
     """Log rows of several seeds: columns seed, tokens, l0, fvu, dead, sparsity, threshold_p05, _p50, _p95."""
-    fig, axes = plt.subplots(1, 4, figsize=(12, 3), layout="constrained")
-    for ax, column, title in zip(axes, ("l0", "fvu", "dead"), ("L0", "FVU", "dead latents"), strict=False):
-        _panel(ax, data, "tokens", column, "mean of seeds")
-        ax.set(xlabel="training tokens", ylabel={"dead": "share"}.get(column, title), title=title)
-    axes[0].set_ylim(0, data.l0.quantile(0.98) * 1.3)
-    axes[1].set_ylim(0, min(1.2, data.fvu.max() * 1.05))
-    axes[2].set_ylim(0, max(0.05, data.dead.max() * 1.2))
-    twin = axes[0].twinx()
-    one = data[data.seed == data.seed.min()]
-    twin.plot(one.tokens, one.sparsity, color="0.4", linestyle=":", label="λ (right)")
-    twin.set_ylabel("λ, price of one active latent")
-    twin.spines["right"].set_visible(True)
-    axes[0].legend(*[sum(x, []) for x in zip(*(ax.get_legend_handles_labels() for ax in (axes[0], twin)), strict=True)])
+    fig, axes = plt.subplots(1, 5, figsize=(13, 2.8), layout="constrained")
+    _panel(axes[0], data, "sparsity", "λ")
+    axes[0].set(ylabel="price of one active latent", title="λ")
+    for ax, column, title in zip(axes[1:], ("l0", "fvu", "dead"), ("L0", "FVU", "dead latents"), strict=False):
+        _panel(ax, data, column, "mean of seeds")
+        ax.set(ylabel="share" if column == "dead" else title, title=title)
+    axes[1].set_ylim(0, data.l0.quantile(0.98) * 1.3)  # the first steps can be far above
+    axes[2].set_ylim(0, min(1.2, data.fvu.max() * 1.05))
+    axes[3].set_ylim(-0.02, max(0.2, data.dead.max() * 1.2))
     for quantile, label in (("threshold_p95", "95 %"), ("threshold_p50", "median"), ("threshold_p05", "5 %")):
-        _panel(axes[3], data, "tokens", quantile, label)
-    axes[3].set(xlabel="training tokens", ylabel="θ, unit of √E‖x‖²", yscale="log", title="thresholds")
-    axes[3].legend()
+        _panel(axes[4], data, quantile, label)
+    axes[4].set(ylabel="θ, unit of √E‖x‖²", title="thresholds", ylim=(0, None))
+    axes[4].legend()
     return fig
 
 
 def diagnostics(data: pd.DataFrame) -> Figure:
     """Columns seed, tokens, window_share, window_latents, threshold_travel, reconstruction_push, sparsity_push."""
     fig, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
-    _panel(axes[0], data, "tokens", "window_share", "pre-activations")
-    _panel(axes[0], data, "tokens", "window_latents", "latents with any")
+    _panel(axes[0], data, "window_share", "pre-activations")
+    _panel(axes[0], data, "window_latents", "latents with any")
     axes[0].set(yscale="log", ylabel="share within reach of θ", title="who trains θ")
-    _panel(axes[1], data, "tokens", "threshold_travel", "travel")
+    _panel(axes[1], data, "threshold_travel", "travel")
     axes[1].set(ylabel="mean |log θ − log θ_init|, nats", title="how far θ went")
-    _panel(axes[2], data[data.sparsity > 0], "tokens", "reconstruction_push", "reconstruction")
-    _panel(axes[2], data[data.sparsity > 0], "tokens", "sparsity_push", "sparsity")
+    _panel(axes[2], data[data.sparsity > 0], "reconstruction_push", "reconstruction")
+    _panel(axes[2], data[data.sparsity > 0], "sparsity_push", "sparsity")
     axes[2].set(yscale="log", ylabel="mean |gradient| of θ", title="what pushes θ")
-    for ax in axes:
-        ax.set_xlabel("training tokens")
     axes[0].legend()
     axes[2].legend()
     return fig
@@ -73,14 +71,15 @@ def diagnostics(data: pd.DataFrame) -> Figure:
 def thresholds(data: pd.DataFrame) -> Figure:
     """One row a latent: threshold (unit of √E‖x‖²), frequency (share of tokens), initial (θ_init)."""
     fig, axes = plt.subplots(1, 2, figsize=(7.5, 3), layout="constrained")
-    bins = np.geomspace(data.threshold.min() * 0.95, data.threshold.max() * 1.05, 40)
+    bins = np.linspace(0.95 * data.threshold.min(), 1.05 * data.threshold.max(), 40)
     axes[0].hist(data.threshold, bins=bins)
     axes[0].axvline(data.initial.iloc[0], color="k", linestyle="--", label="θ at the start")
-    axes[0].set(xscale="log", xlabel="θ, unit of √E‖x‖²", ylabel="latents", title="thresholds after training")
+    axes[0].set(xlim=(0, None), xlabel="θ, unit of √E‖x‖²", ylabel="latents", title="thresholds after training")
     axes[0].legend()
     alive = data[data.frequency > 0]
     axes[1].scatter(alive.frequency, alive.threshold, s=5, alpha=0.4, linewidths=0)
-    axes[1].set(xscale="log", yscale="log", xlabel="share of tokens on which it fires", ylabel="θ", title="θ and frequency")
+    axes[1].set(xscale="log", xlabel="share of tokens on which it fires", ylabel="θ, unit of √E‖x‖²", title="θ and frequency",
+                ylim=(0, None))
     return fig
 
 

@@ -109,7 +109,7 @@ class TrainConfig:
         if self.sparsity < 0 or (self.bandwidth_end is not None and self.bandwidth_end <= 0):
             raise ValueError("sparsity must be 0 or more and bandwidth_end above 0, got "
                              f"{self.sparsity} and {self.bandwidth_end}")
-        if self.k > self.d_sae:
+        if self.architecture in ("topk", "batchtopk") and self.k > self.d_sae:
             raise ValueError(f"k = {self.k} latents cannot be active of d_sae = {self.d_sae}")
 
     @property

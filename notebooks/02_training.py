@@ -80,8 +80,9 @@ log = study.joined_logs(runs)
 jr.save_figure(plots.training(log), "02_training", log)
 
 # %% [markdown]
-# Thin lines are seeds. As λ rises, thresholds rise and L0 falls; FVU falls first, because atoms are being learned,
-# and pays for sparsity later.
+# Thin lines are seeds. λ rises from zero. FVU falls because atoms are being learned. Thresholds move to where an active latent is
+# worth its price: those that start too high fall, and L0 rises with them; those that start too low rise. The facts at
+# the end say which of the two happened here.
 #
 # ## What the estimator sees
 #
@@ -101,8 +102,11 @@ jr.save_figure(plots.diagnostics(seen), "02_diagnostics", seen)
 # %% [markdown]
 # ## Thresholds
 #
-# Each latent finds a threshold of its own. The left panel shows where they end up; the right one sets them against how
-# often the latent fires on held-out text.
+# **What the theory says.** At the optimum of θ_i the samples on the threshold must be worth their price on average,
+# E[I_i | π_i = θ_i] = λ (notebook 01). For a latent alone that means θ* ≈ √λ; where others can take over part of its work,
+# it differs by latent.
+#
+# **What is computed.** Where the thresholds end up (left), and how often each latent fires on held-out text (right).
 
 # %%
 scores = study.score_runs(runs, lm, test_tokens)
@@ -174,11 +178,15 @@ jr.facts("02", {
     "L0 of the first seed": float(f"{first.l0.value:.3g}"),
     "FVU of the first seed": float(f"{first.fvu.value:.2g}"),
     "delta LM loss of the first seed, nats": float(f"{first.delta_loss.value:.2g}"),
+    "θ, median at the start and at the end": f"{threshold_init:g}, {latents.threshold.median():.2g}",
+    "rank correlation of θ and frequency": round(latents[latents.frequency > 0].corr("spearman").threshold.frequency, 1),
     "delta LM loss is above zero": first.delta_loss.value - 2 * first.delta_loss.se > 0,
     "sd of L0 over tokens, JumpReLU / TopK": f"{spread['JumpReLU']:.0f} / {spread['TopK']:.0f}",
     "JumpReLU's L0 varies more by token than TopK's": bool(spread["JumpReLU"] > spread["TopK"]),
     "norm ratio, JumpReLU": round(ratio["JumpReLU, L0"].mean, 2),
     "norm ratio, ReLU": round(ratio["ReLU, L1"].mean, 2),
+    "FVU, JumpReLU / ReLU": " / ".join(f"{mean_interval(rows.fvu).mean:.2f}" for _, rows in shrunk.groupby("architecture")),
+    "L0, JumpReLU / ReLU": " / ".join(f"{mean_interval(rows.l0).mean:.0f}" for _, rows in shrunk.groupby("architecture")),
     "ReLU is shrunk": ratio["ReLU, L1"].low > 1.01,
     "JumpReLU is shrunk less than ReLU": ratio["JumpReLU, L0"].high < ratio["ReLU, L1"].low,
     f"narrow ε ({narrow:g}) trains θ less than ε = {bandwidth:g}": travel[narrow].high < travel[bandwidth].low,

@@ -38,7 +38,7 @@ def test_paper_recipe():
     ({"steps": 0}, "steps must be above 0"),
     ({"lr_warmup": 1000}, "lr_warmup is a share of the run"),
     ({"sparsity": -1.0}, "sparsity must be 0 or more"),
-    ({"k": 9, "d_sae": 8}, "k = 9 latents cannot be active"),
+    ({"architecture": "topk", "k": 9, "d_sae": 8}, "k = 9 latents cannot be active"),
 ])  # fmt: skip
 def test_bad_configurations_are_explained(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -13,9 +13,10 @@ from safetensors import safe_open
 
 from jumprelu.activations import activations_from_tensor
 from jumprelu.architectures import Trainee
+from jumprelu.files import digest
 from jumprelu.recipe import SPARSITY_LOSSES, TrainConfig
 from jumprelu.sae import load_sae
-from jumprelu.train import _State, train
+from jumprelu.train import _advance, _State, train
 
 
 def planted(n=20_000, d_in=16, features=24, seed=0):
@@ -172,6 +173,21 @@ def test_killed_and_resumed_ends_in_the_same_bits(acts, tmp_path):
     assert len(files) == 3 * 4
     for file in files:  # weights, configuration, log
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("step", [1, 30, 59])
+@pytest.mark.parametrize("architecture", ["jumprelu", "batchtopk"])
+def test_a_checkpoint_of_any_step_is_gone_on_from(acts, tmp_path, architecture, step):
+    config = dataclasses.replace(SMALL, architecture=architecture)
+    whole = train(acts, config, device="cpu")
+    state = _State(acts, config, torch.device("cpu"))
+    batches = acts.batches(config.batch_size, seed=config.seed)
+    for _ in range(step):
+        row = _advance(state, next(batches) / state.input_scale, log_this=True)
+        state.log.append(row)  # 60 steps, 100 log rows: every step is logged
+    state.save(tmp_path / "checkpoint.safetensors", digest(acts.fingerprint, dataclasses.asdict(config)))
+    resumed = train(acts, config, out=tmp_path, device="cpu")
+    assert resumed.sae.fingerprint == whole.sae.fingerprint and resumed.log.equals(whole.log)
 
 
 def test_damaged_and_foreign_checkpoints(acts, tmp_path):
