@@ -47,7 +47,7 @@ test: setup ## lint, unit tests with coverage, then every committed notebook und
 	$(RUN) -m pytest -q --nbval --nbval-current-env --nbval-cell-timeout=900 \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
 
-lm: setup ## train the embedded language model from scratch (2 to 3 hours on 2 cores)
+lm: setup ## train the embedded language model from scratch (about an hour on 2 cores)
 	$(RUN) -m jumprelu.train_lm
 
 lab: setup ## open the notebooks in JupyterLab

@@ -68,7 +68,7 @@ class Activations:
 
     def __repr__(self) -> str:
         origin = "a tensor" if self.model_name is None else f"{self.site} of layer {self.layer} of {self.model_name}"
-        return f"Activations({self.n_rows} rows of {self.d_in} from {origin}, {self.dtype}, in {str(self.folder)!r})"
+        return f"Activations({self.n_rows} rows of {self.d_in} from {origin}, {self.dtype})"
 
     @property
     def fingerprint(self) -> str:

@@ -39,7 +39,7 @@ class StepDiagnostics(NamedTuple):
     reconstruction_push: float
     """Mean |gradient| of θ from reconstruction."""
     sparsity_push: float
-    """Mean |gradient| of θ from the L0 penalty at its present λ."""
+    """Mean |gradient| of θ from the sparsity loss at its present λ."""
     window_latents: float
     """Share of latents with at least one sample in the window: the others get no gradient for θ at all."""
 
@@ -147,35 +147,43 @@ class Trainee(torch.nn.Module):
         if self.config.architecture == "jumprelu" and not self.config.log_threshold:
             self.threshold_parameter.clamp_(min=0)
 
-    @torch.no_grad()
-    def diagnose(self, x: torch.Tensor, out: Forward, sparsity: float, bandwidth: float) -> StepDiagnostics:
-        """See :class:`StepDiagnostics`; the closed form of the STE gradient of θ, split into its two sources."""
-        theta = self.threshold
-        K = kernel((out.pre - theta) / bandwidth, self.config.kernel) / bandwidth  # [batch, d_sae]
-        to_acts = (out.x_hat - x) @ self.W_dec.T * (2 / len(x))  # ∂(mean ‖x − x̂‖²)/∂f
-        from_reconstruction = -(to_acts * K).sum(0) * theta
-        from_sparsity = sparsity * K.mean(0)
-        travel = (theta.clamp_min(1e-12).log() - torch.tensor(self.config.threshold_init).log()).abs().mean()
-        return StepDiagnostics((K > 0).float().mean().item(), travel.item(), from_reconstruction.abs().mean().item(),
-                               from_sparsity.mean().item(), (K > 0).any(0).float().mean().item())  # fmt: skip
+    def diagnose(self, out: Forward, terms: dict[str, torch.Tensor], bandwidth: float) -> StepDiagnostics:
+        """See :class:`StepDiagnostics`; `terms` as :meth:`loss` returned them, before their backward pass."""
+        with torch.no_grad():
+            theta = self.threshold
+            reached = kernel((out.pre - theta) / bandwidth, self.config.kernel) > 0  # [batch, d_sae]
+            travel = (theta.clamp_min(1e-12).log() - torch.tensor(self.config.threshold_init).log()).abs().mean()
+            to_theta = 1 / theta if self.config.log_threshold else torch.ones_like(theta)  # ∂/∂θ from ∂/∂log θ
+        push = {"reconstruction": 0.0, "sparsity": 0.0}
+        for name in push.keys() & terms.keys():
+            (gradient,) = torch.autograd.grad(terms[name], self.threshold_parameter, retain_graph=True)
+            push[name] = (gradient * to_theta).abs().mean().item()
+        return StepDiagnostics(reached.float().mean().item(), travel.item(), push["reconstruction"], push["sparsity"],
+                               reached.any(0).float().mean().item())  # fmt: skip
 
     @torch.no_grad()
     def resample(self, x: torch.Tensor, dead: torch.Tensor, bandwidth: float, generator: torch.Generator) -> torch.Tensor:
         """Point dead latents at badly reconstructed inputs (Bricken et al. 2023); returns the indices replaced.
 
-        x: [batch, d_in]; dead: bool [d_sae]. An input is drawn with probability ∝ its squared loss.
+        x: [batch, d_in]; dead: bool [d_sae]. An input is drawn with probability ∝ its squared loss; the atom becomes its
+        direction from b_dec, the encoder a fifth as long as those alive, and everything else of the latent starts anew.
         """
         index = dead.nonzero().squeeze(-1)
-        residual = x - self(x, bandwidth).x_hat
-        weight = residual.square().sum(-1).square()
+        weight = (x - self(x, bandwidth).x_hat).square().sum(-1).square()
         if len(index) == 0 or not weight.sum() > 0:
             return index[:0]
         drawn = torch.multinomial(weight.cpu(), len(index), replacement=True, generator=generator).to(x.device)
-        direction = residual[drawn] / residual[drawn].norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        centred = x[drawn] - self.b_dec
+        direction = centred / centred.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         alive = self.W_enc[:, ~dead].norm(dim=0).mean() if (~dead).any() else self.W_enc.norm(dim=0).mean()
         self.W_dec[index] = direction
         self.W_enc[:, index] = (0.2 * alive * direction).T
-        self.b_enc[index] = 0
+        for name in ("b_enc", "r_mag", "b_mag"):
+            if hasattr(self, name):
+                getattr(self, name)[index] = 0
+        if self.config.architecture == "jumprelu":
+            initial = torch.tensor(self.config.threshold_init)
+            self.threshold_parameter[index] = initial.log() if self.config.log_threshold else initial
         return index
 
     @torch.no_grad()

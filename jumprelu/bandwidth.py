@@ -140,10 +140,13 @@ def slopes(best: pd.DataFrame) -> pd.DataFrame:
 
 
 def normalised(sae: SAE) -> Coder:
-    """An SAE of this package in the units of its training, where E‖x‖² = 1: x there is raw x / `sae.input_scale`."""
+    """An SAE of this package in the units of its training, where E‖x‖² = 1: x there is raw x / `sae.input_scale`.
+
+    On the CPU, where the stored activations are read to and where checks are made.
+    """
     scale = float(sae.input_scale)
     W_enc, b_enc, W_dec, b_dec, threshold = (
-        getattr(sae, name).detach() for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+        getattr(sae, name).detach().cpu() for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
     )
     return Coder(W_enc, b_enc / scale, W_dec, b_dec / scale, threshold / scale)
 

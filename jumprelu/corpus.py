@@ -167,7 +167,7 @@ def load_texts(source: str = "installed", split: str = "train") -> datasets.Data
         available = datasets.get_dataset_split_names(source)
         hub_split = split if split in available else "train"
         texts = datasets.load_dataset(source, split=hub_split, streaming=True)
-    return _with_paths(texts) if hub_split == split and split != "train" else _divide(texts, split)
+        return _with_paths(texts) if hub_split == split and split != "train" else _divide(texts, split)
 
 
 def _local_texts(path: Path) -> datasets.IterableDataset:
@@ -198,6 +198,17 @@ def _divide(texts: datasets.IterableDataset, split: str) -> datasets.IterableDat
     return _with_paths(texts).filter(lambda row: split_of(row["path"]) == split)
 
 
+def _reading(texts: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same documents; what breaks while a hub dataset is streamed is said as by :func:`jumprelu.lm.hub_access`."""
+    if not isinstance(texts, datasets.IterableDataset):
+        yield from texts
+        return
+    from .lm import hub_access
+
+    with hub_access(texts.info.dataset_name or "the dataset being streamed", kind="dataset"):
+        yield from texts
+
+
 # ---- tokens ---------------------------------------------------------------------------------------------------
 
 
@@ -218,11 +229,12 @@ def tokenize(texts: Iterable[dict[str, Any]], tokenizer: Any, context_size: int 
     rows: list[list[int]] = []
     document: list[int] = []
     progress = tqdm(total=max_rows, desc="tokenizing", unit="row", mininterval=2)
-    for number, row in enumerate(texts):
+    for number, row in enumerate(_reading(texts)):
         ids = tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         cut = [begin + ids[i : i + width] for i in range(0, len(ids) - width + 1, width)]
         if rows_per_document is not None:
-            cut = cut[:: max(1, len(cut) // rows_per_document)][:rows_per_document]
+            kept = min(rows_per_document, len(cut))
+            cut = [cut[i * len(cut) // kept] for i in range(kept)]
         rows += cut
         document += [number] * len(cut)
         progress.update(len(cut))

@@ -218,9 +218,9 @@ def row_bytes(tokens: Tokens, tokenizer: Any) -> list[bytes]:
 def token_losses(lm: LM, ids: torch.Tensor, batch_rows: int | None = None) -> torch.Tensor:
     """Cross-entropy of every token but the first given those before it, in nats; ids [n_rows, T] → [n_rows, T − 1].
 
-    batch_rows: rows at once; by default 8, or as many as keep the logits below 2²⁸ numbers, but at least 1.
+    batch_rows: rows at once; by default as many as :meth:`LM.rows_at_once` says.
     """
-    batch_rows = batch_rows or max(1, min(8, 2**28 // (ids.shape[1] * lm.config.vocab_size)))
+    batch_rows = batch_rows or lm.rows_at_once(ids.shape[1])
     losses = []
     for rows in tqdm(ids.split(batch_rows), desc="scoring text", unit="batch", mininterval=2):
         rows = rows.to(lm.device)

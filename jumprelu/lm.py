@@ -93,6 +93,10 @@ class LM:
         config = {k: v for k, v in self.model.config.to_dict().items() if k != "transformers_version" and not k.startswith("_")}
         return digest(config, tensor_digest(self.model.state_dict()), str(self.dtype))
 
+    def rows_at_once(self, context_size: int, most: int = 8) -> int:
+        """Rows of a forward pass whose logits stay below 2²⁸ numbers (1 GiB in float32): at most `most`, at least 1."""
+        return max(1, min(most, 2**28 // (context_size * self.config.vocab_size)))
+
     def check_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """`ids` as int64 on the model's device. ids: integers, shape [rows, positions].
 

@@ -37,7 +37,7 @@ def l0(pre: torch.Tensor, threshold: torch.Tensor, bandwidth: float, kernel: str
 def l0_target(l0: torch.Tensor, target: float, per_sample: bool) -> torch.Tensor:
     """(‖f‖₀/target − 1)²: of each token (`per_sample`) or of the batch's mean; l0: [batch].
 
-    The paper's appendix can be read either way, so both are here.
+    What we have of the paper (second-hand) can be read either way, so both are here.
     """
     return (l0 / target - 1).square().mean() if per_sample else (l0.mean() / target - 1).square()
 

@@ -5,12 +5,13 @@ Notable here:
   tokens of one document are far from independent.
 - FVU is pooled, Σ‖x − x̂‖² / Σ‖x − x̄‖², x̄ the mean of the evaluated activations; not a mean of ratios, and
   not of squared norms.
-- BOS, EOS and pad: their activations are neither replaced nor counted, and no loss is counted at them.
-  "Loss at position t" is the cross-entropy of the token at t + 1.
+- BOS, EOS and pad: their activations are neither replaced nor counted, and a loss is counted neither at them nor
+  for predicting them. "Loss at position t" is the cross-entropy of the token at t + 1.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -108,6 +109,8 @@ class _Sums:
         hat_variance = self.hat_square[used] - 2 * self.x_hat[used] @ mean_hat + n * mean_hat.square().sum()
         covariance = self.cross[used] - self.x[used] @ mean_hat - self.x_hat[used] @ mean + n * (mean @ mean_hat)
         predicted = self.predicted[used]
+        if not variance.sum() > 0:
+            raise ValueError("the activations do not vary, so FVU is not defined: give more tokens")
 
         def shares(*bounds):
             return share_estimate(self.fired, self.group_tokens, *bounds)
@@ -125,19 +128,25 @@ class _Sums:
 
 @torch.no_grad()
 def evaluate(sae: SAE, lm: LM, tokens: Tokens | torch.Tensor, site: str | None = None, layer: int | None = None,
-             batch_rows: int = 8) -> Report:
+             batch_rows: int | None = None) -> Report:
     """Sparsity and fidelity of an SAE, and what it costs the language model, on held-out tokens.
 
     tokens: rows of ids, [n_rows, context_size] (:func:`jumprelu.tokenize`, or a plain tensor: one document a row).
-    site, layer: default is where the SAE was trained. Returns a :class:`Report`.
+    site, layer: default is where the SAE was trained. batch_rows: rows a forward pass, by default
+    :meth:`LM.rows_at_once`. The SAE may be on another device than the model. Returns a :class:`Report`.
 
     Raises ValueError if the SAE does not remember its place and none is given, if its width is not the site's,
-    or if no token is left after the special ones. Source: Rajamanoharan et al. 2024 and Gemma Scope, their evaluations.
+    if ids are not of the model's vocabulary, if no token is left after the special ones, or if the activations
+    do not vary. Source: Rajamanoharan et al. 2024 and Gemma Scope, their evaluations.
     """
     tokens = as_tokens(tokens)
+    lm.check_ids(tokens.ids)
+    batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
     site, layer = site or sae.origin.site, layer if layer is not None else sae.origin.layer
     if site is None or layer is None:
         raise ValueError("this SAE does not remember where it was trained: give evaluate(..., site=..., layer=...)")
+    if sae.W_enc.device != lm.device:
+        sae = copy.deepcopy(sae).to(lm.device)  # the caller's stays where it is
     special = torch.tensor(lm.special_ids, device=lm.device)
     width = capture(lm, [(site, layer)], tokens.ids[:1, :2].to(lm.device))[site, layer].shape[-1]
     if width != sae.d_in:
@@ -172,4 +181,6 @@ def evaluate(sae: SAE, lm: LM, tokens: Tokens | torch.Tensor, site: str | None =
         sums.kl.index_add_(0, owners, (log_p.exp() * (log_p - log_q)).sum(-1).double())
     if not sums.tokens.sum() > 0:
         raise ValueError("every token is a special one (BOS, EOS or pad): nothing to evaluate")
+    if not sums.predicted.sum() > 0:
+        raise ValueError("no two neighbouring tokens are both not special: there is no loss to compare; give longer rows")
     return sums.report(torch.cat(l0_per_token))

@@ -15,7 +15,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from .figures import MARKERS, use_style
-from .intervals import mean_interval, summarise
+from .intervals import mean_interval
 
 use_style()
 
@@ -117,18 +117,25 @@ def shrinkage(data: pd.DataFrame) -> Figure:
 
 
 def bandwidth_tradeoff(data: pd.DataFrame) -> Figure:
-    """One row a run: bandwidth (ε), seed, l0, fvu, threshold_travel; mean and 95 % t-interval over seeds."""
+    """One row a run: bandwidth (ε), sparsity (λ), seed, l0, fvu, threshold_travel; mean and 95 % t-interval over seeds."""
     fig, axes = plt.subplots(1, 4, figsize=(12, 3), layout="constrained")
-    panels = (("l0", "L0"), ("fvu", "FVU"), ("threshold_travel", "travel of log θ, nats"))
+    same_price = data[data.sparsity == data.sparsity.min()]
+    panels = (("l0", "L0"), ("fvu", "FVU"), ("threshold_travel", "mean |log θ − log θ_init|, nats"))
     for position, (ax, (column, label)) in enumerate(zip(axes, panels, strict=False)):
-        table = summarise(data.sort_values("bandwidth"), ["bandwidth"], column)
-        ax.errorbar(table.bandwidth, table["mean"], _intervals(table), marker=MARKERS[position], capsize=3, color=f"C{position}")
-        ax.set(xscale="log", xlabel="bandwidth ε", ylabel=label)
+        points = [(bandwidth, mean_interval(rows[column])) for bandwidth, rows in same_price.groupby("bandwidth")]
+        ax.errorbar([x for x, _ in points], [i.mean for _, i in points], yerr=[i.half for _, i in points],
+                    marker=MARKERS[position], capsize=3, color=f"C{position}")  # fmt: skip
+        ax.set(xscale="log", xlabel="bandwidth ε, same λ", ylabel=label, ylim=(0, None))
     for marker, (bandwidth, rows) in zip(MARKERS, data.groupby("bandwidth"), strict=False):
         axes[3].scatter(rows.l0, rows.fvu, label=f"ε = {bandwidth:g}", marker=marker, s=22)
-    axes[3].set(xlabel="L0", ylabel="FVU", title="each run")
+        if rows.sparsity.nunique() > 1:
+            mean = rows.groupby("sparsity")[["l0", "fvu"]].mean()
+            axes[3].plot(mean.l0, mean.fvu, color="0.4", linewidth=0.8, label="its frontier over λ")
+    axes[3].set(xscale="log", xlabel="L0", ylabel="FVU", title="at equal L0")
+    axes[3].xaxis.set_major_formatter(ticker.ScalarFormatter())
     axes[3].legend()
     return fig
+
 
 
 # ---- notebook 01: where the straight-through estimator comes from -----------------------------------------------

@@ -2,8 +2,8 @@
 
     π(x) = x W_enc + b_enc        f(x) = π ⊙ H(π − θ)₊        x̂ = f W_dec + b_dec
 
-Every architecture of this package ends in this form: ReLU has θ = 0; Gated is JumpReLU with tied encoders
-(Rajamanoharan et al. 2024, appendix); BatchTopK has one threshold for all latents; TopK keeps `k` besides.
+Every architecture of this package ends in this form: ReLU has θ = 0; Gated, whose encoders are tied, is a JumpReLU
+(the derivation is in `Trainee.fold`); BatchTopK has one threshold for all latents; TopK keeps `k` besides.
 The input scale of training is folded into the arrays and kept only as a number, so nothing has to be
 normalised to use a saved SAE. Atoms (rows of W_dec) have norm 1.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -58,13 +59,27 @@ def l0_histogram(scores: dict[str, Report], bins: int = 60) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def fvu_at(frontier: pd.DataFrame, l0: float) -> float:
+    """FVU of a frontier (rows with columns l0, fvu) at an L0, linear in log L0; NaN outside of it."""
+    ordered = frontier.sort_values("l0")
+    return float(np.interp(np.log(l0), np.log(ordered.l0), ordered.fvu, left=np.nan, right=np.nan))
+
+
 def bandwidth_table(acts: Activations, lm: LM, tokens: Tokens, config: TrainConfig, others: Sequence[float],
-                    seeds: int) -> pd.DataFrame:
-    """`config` at its own bandwidth and at `others`: bandwidth, seed, l0, fvu, delta_loss and the travel of log θ."""
+                    sparsities: Sequence[float], seeds: int) -> pd.DataFrame:
+    """`config` at its own and `others` bandwidths, and at its own bandwidth with the prices `sparsities` too.
+
+    One row a run: bandwidth, sparsity, seed, the metrics of :func:`score_table`, threshold_travel (mean |log θ − log θ_init|),
+    and fvu_ratio: FVU over that of the same seed's runs at `config.bandwidth` at the same L0 (:func:`fvu_at`).
+    """
     tables = []
-    for bandwidth in sorted({config.bandwidth, *others}):
-        runs = train_seeds(acts, dataclasses.replace(config, bandwidth=bandwidth), seeds)
-        table = score_table("JumpReLU", score_runs(runs, lm, tokens)).assign(bandwidth=bandwidth)
+    settings = [(bandwidth, config.sparsity) for bandwidth in sorted({config.bandwidth, *others})]
+    for bandwidth, sparsity in settings + [(config.bandwidth, sparsity) for sparsity in sparsities]:
+        runs = train_seeds(acts, dataclasses.replace(config, bandwidth=bandwidth, sparsity=sparsity), seeds)
+        table = score_table("JumpReLU", score_runs(runs, lm, tokens)).assign(bandwidth=bandwidth, sparsity=sparsity)
         table["threshold_travel"] = [run.log.threshold_travel.iloc[-1] for run in runs]
         tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+    table = pd.concat(tables, ignore_index=True)
+    own = table[table.bandwidth == config.bandwidth]
+    table["fvu_ratio"] = [row.fvu / fvu_at(own[own.seed == row.seed], row.l0) for row in table.itertuples()]
+    return table

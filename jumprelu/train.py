@@ -106,8 +106,9 @@ def _advance(state: _State, x: torch.Tensor, log_this: bool) -> dict[str, float]
     out = trainee(x, bandwidth)
     terms = trainee.loss(x, out, sparsity, bandwidth, dead=state.silent >= config.dead_after)
     state.optimizer.zero_grad()
-    sum(terms.values()).backward()
     row = None
+    diagnostics = trainee.diagnose(out, terms, bandwidth) if log_this and config.architecture == "jumprelu" else None
+    sum(terms.values()).backward()
     with torch.no_grad():
         fired = (out.acts > 0).any(0)
         state.silent = (state.silent + len(x)) * ~fired
@@ -119,8 +120,8 @@ def _advance(state: _State, x: torch.Tensor, log_this: bool) -> dict[str, float]
                 "fvu": ((x - out.x_hat).square().sum() / (x - x.mean(0)).square().sum()).item(),
                 "dead": (state.silent >= config.dead_after).float().mean().item(),
             }  # fmt: skip
-            if config.architecture == "jumprelu":
-                row |= trainee.diagnose(x, out, sparsity, bandwidth)._asdict()
+            if diagnostics:
+                row |= diagnostics._asdict()
                 quantiles = torch.quantile(trainee.threshold, torch.tensor([0.05, 0.5, 0.95], device=x.device))
                 row |= dict(zip(("threshold_p05", "threshold_p50", "threshold_p95"), quantiles.tolist(), strict=True))
     if config.unit_norm_atoms:
@@ -146,6 +147,14 @@ def _resample(state: _State, x: torch.Tensor, bandwidth: float) -> None:
     state.silent[replaced] = 0
 
 
+def _check_finite(state: _State, row: dict[str, float] | None = None) -> None:
+    """Raise FloatingPointError if a parameter or a logged number is not finite: such a state is never saved."""
+    values = [torch.tensor(list(row.values()))] if row else list(state.trainee.parameters())
+    if not all(torch.isfinite(value).all() for value in values):
+        raise FloatingPointError(f"training diverged before step {state.step}: {row or 'a weight is not finite'}. Lower lr (now "
+                                 f"{state.config.lr}); a checkpoint from before it, if there is one, is kept")
+
+
 def _saturated(log: list[dict[str, float]], config: TrainConfig) -> bool:
     """Has λ been driving θ alone, on the last ten logged steps at full λ?"""
     rows = [row for row in log if row["sparsity"] >= config.sparsity and row.get("sparsity_push", 0) > 0][-10:]
@@ -164,10 +173,10 @@ def train(acts: Activations, config: TrainConfig, out: str | Path | None = None,
     those of :class:`jumprelu.architectures.StepDiagnostics` and quantiles of θ; all in normalised units.
 
     Raises ValueError if `out` holds another run, the checkpoint is damaged, or the activations are not finite
-    (the reader names shard and row); FloatingPointError if the loss is not finite (the last checkpoint stays).
+    (the reader names shard and row); FloatingPointError if loss or weights are not finite (the last checkpoint stays).
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    identity = digest(acts.fingerprint, dataclasses.asdict(config))
+    identity = digest(acts.fingerprint, dataclasses.asdict(config), log_rows)
     folder = Path(out) if out is not None else None
     if folder and (folder / "run.json").exists():
         if read_json(folder / "run.json")["identity"] != identity:
@@ -188,9 +197,7 @@ def train(acts: Activations, config: TrainConfig, out: str | Path | None = None,
         row = _advance(state, x, log_this=state.step % every == 0 or state.step == config.steps - 1)
         progress.update()
         if row:
-            if not all(map(torch.isfinite, map(torch.tensor, row.values()))):
-                raise FloatingPointError(f"training diverged at step {state.step}: {row}. Lower lr (now {config.lr}); "
-                                         f"{'the checkpoint before it is kept' if folder else 'nothing was saved'}")
+            _check_finite(state, row)
             state.log.append(row)
             rate = progress.format_dict["rate"] or 0
             progress.set_postfix(loss=f"{sum(v for k, v in row.items() if k.startswith('loss_')):.4f}", L0=f"{row['l0']:.1f}",
@@ -201,9 +208,11 @@ def train(acts: Activations, config: TrainConfig, out: str | Path | None = None,
                               "reconstruction resists, so θ moves at its learning rate and a larger sparsity will hardly lower "
                               "L0. Raise threshold_lr, threshold_init, bandwidth or steps instead", stacklevel=2)
         if checkpoint and time.monotonic() - saved_at > checkpoint_seconds:
+            _check_finite(state)
             state.save(checkpoint, identity)
             saved_at = time.monotonic()
     progress.close()
+    _check_finite(state)
     sae = state.trainee.eval().fold(state.input_scale, acts.model_name, acts.site, acts.layer)
     # a round trip through CSV, so that a finished run read back has the very same log
     text = pd.DataFrame(state.log).to_csv(index=False)

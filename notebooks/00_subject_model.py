@@ -35,7 +35,7 @@ from jumprelu import language, plots
 model: str = ""  # empty: the embedded model; otherwise a hub id or a folder
 dataset: str = "installed"  # text of the comparison; the embedded model was trained on "installed"
 context_size: int = 256
-test_rows: int = 1200  # rows of context_size tokens of the test split that are scored
+test_rows: int = 1000  # rows of context_size tokens of the test split that are scored
 train_rows: int = 12000  # rows of the training split for the n-grams and to prime xz
 prime_bytes: int = 2_000_000  # training text that the primed xz reads first
 groups: int = 12  # groups of documents for the jackknife intervals

@@ -48,6 +48,7 @@ dataset: str = "installed"  # texts: "installed", a file or folder, or a hub dat
 site: str = "resid_post"  # where activations are taken
 layer: int = 3  # of which layer
 rows: int = 480  # rows of tokens
+storage: str = "float32"  # type of the activations on disk: float32, bfloat16 or float16
 context_size: int = 256  # tokens in a row
 d_sae: int = 512  # latents of the SAE trained here
 steps: int = 500  # its training steps
@@ -205,7 +206,8 @@ identity_facts
 # %% [markdown]
 # ## 5. What the bandwidth costs
 #
-# **The paper says** that a wide window is biased and a narrow one noisy, because few samples fall into it.
+# **Gemma Scope says** (a footnote of its training section) that a wide window is biased and a narrow one noisy, because few
+# samples fall into it.
 #
 # **Computed here**: bias by quadrature (exact), variance from the per-sample gradients of autograd, all thresholds
 # together, relative to the length of the exact gradient. Black points are whole batches drawn and compared.
@@ -286,7 +288,7 @@ bandwidth_facts
 # %%
 lm = jr.load_lm(model or None)
 tokens = jr.tokenize(jr.load_texts(dataset, "train"), lm.tokenizer, context_size=context_size, max_rows=rows, rows_per_document=8)
-acts = jr.remember(jr.harvest, lm, tokens, site=site, layer=layer)
+acts = jr.remember(jr.harvest, lm, tokens, site=site, layer=layer, dtype=storage)
 config = jr.TrainConfig(d_sae=d_sae, steps=steps, sparsity=sparsity)
 sae, log = jr.remember(jr.train, acts, config)
 
@@ -318,6 +320,8 @@ real_facts = {
     "latents measured": int(measured.latent.nunique()),
     "latents that agree with finite differences, ε = 0.0125": int(zero_inside.loc[0.0125].sum()),
     "latents that agree with finite differences, ε = 0.2": int(zero_inside.loc[0.2].sum()),
+    "relative bias at ε = 0.05 and 0.1": " and ".join(f"{row.loc[('bias', e), 'mean'] ** 0.5:.0%}" for e in (0.05, 0.1)),
+    "noise of one batch there": " and ".join(f"{row.loc[('noise', e), 'mean'] ** 0.5:.0%}" for e in (0.05, 0.1)),
     "share of pre-activations in the window, ε = 0.1": round(float(row.loc[("bias", 0.1), "share"]), 3),
 }
 real_facts
@@ -325,8 +329,9 @@ real_facts
 # %% [markdown]
 # **What differs** from section 5: no closed form is known here, so the bias is to a finite difference over a narrow window,
 # with its noise subtracted without bias (a product of independent batches). The gap to the difference over the *same*
-# window is what autograd's one-sided residual costs; a window wider than twice the threshold also takes in negative
-# pre-activations, which no threshold could turn on.
+# window is, to first order, what autograd's one-sided residual costs; beyond that, θ standing for z. A window wider than
+# twice the threshold also takes in negative pre-activations, which no threshold could turn on. Where the relative bias
+# exceeds the noise of a batch, a narrower window would make better gradients, and Adam averages noise over steps besides.
 
 # %% [markdown]
 # ## Facts

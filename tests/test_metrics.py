@@ -58,6 +58,8 @@ def test_report_equals_plain_computation(setting):
     sae = SAE(torch.randn(d, 20, generator=g), torch.zeros(20), torch.randn(20, d, generator=g), torch.zeros(d),
               torch.rand(20, generator=g), origin=Origin(site="resid_post", layer=1))  # fmt: skip
     report = evaluate(sae, lm, tokens, batch_rows=4)
+    again = evaluate(sae, lm, tokens, batch_rows=1)
+    assert again.kl.value == pytest.approx(report.kl.value, rel=1e-4) and again.fvu.se == pytest.approx(report.fvu.se, rel=1e-6)
     x = capture(lm, [("resid_post", 1)], ids)["resid_post", 1]
     inner = x[:, 1:].flatten(0, 1)  # without BOS
     assert report.fvu.value == pytest.approx(fvu(inner, sae(inner)), rel=1e-6)
@@ -95,6 +97,12 @@ def test_errors(setting):
         evaluate(SAE(*[torch.zeros(s) for s in ((4, 6), (6,), (6, 4), (4,), (6,))]), lm, tokens)
     with pytest.raises(ValueError, match="has width"):
         evaluate(SAE(*[torch.zeros(s) for s in ((4, 6), (6,), (6, 4), (4,), (6,))]), lm, tokens, "resid_post", 1)
+    with pytest.raises(ValueError, match="vocabulary"):
+        evaluate(identity_sae(lm.d_model), lm, torch.full((2, 4), 10_000))
+    with pytest.raises(ValueError, match="no loss to compare"):
+        alternating = torch.full((2, 4), lm.model.config.bos_token_id)
+        alternating[:, ::2] = torch.tensor([[5, 6], [7, 8]])
+        evaluate(identity_sae(lm.d_model), lm, alternating)
     special = torch.full((2, 4), lm.model.config.bos_token_id)
     with pytest.raises(ValueError, match="nothing to evaluate"):
         evaluate(identity_sae(lm.d_model), lm, special)

@@ -19,7 +19,8 @@ from nbval.plugin import get_sanitize_patterns
 from jumprelu import plots
 from jumprelu.figures import read_figure_data
 from jumprelu.files import digest, sha256
-from jumprelu.reproduce import DEFAULT_PROFILE, Notebook, cells_of, check_profile, data_files, source_closure
+from jumprelu.profiles import DEFAULT_PROFILE, Notebook, check_profile
+from jumprelu.reproduce import cells_of, data_files, source_closure
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))

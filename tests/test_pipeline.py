@@ -1,5 +1,8 @@
 """The public names from end to end, on models that the package has never seen: no tokenizer, other widths and vocabularies."""
 
+import math
+
+import pandas as pd
 import pytest
 import torch
 
@@ -37,6 +40,12 @@ def test_another_models_sae_is_refused(tmp_path):
         jr.evaluate(sae, other, random_ids(4, 12))
 
 
+def test_fvu_at_an_l0():
+    frontier = pd.DataFrame({"l0": [100.0, 1.0], "fvu": [0.1, 0.5]})
+    assert study.fvu_at(frontier, 10.0) == pytest.approx(0.3)  # half way in log L0
+    assert math.isnan(study.fvu_at(frontier, 200.0)) and math.isnan(study.fvu_at(frontier, 0.5))
+
+
 def test_studies(tmp_path, monkeypatch):
     """Seeds are trained and scored once, and remembered; tables have a row where they say so."""
     monkeypatch.setenv("JUMPRELU_CACHE", str(tmp_path / "cache"))
@@ -57,6 +66,7 @@ def test_studies(tmp_path, monkeypatch):
     assert shares.tolist() == pytest.approx([1, 1])
     mean = sum((rows.l0 * rows.share).sum() for _, rows in study.l0_histogram({"a": scores[0]}).groupby("architecture"))
     assert mean == pytest.approx(scores[0].l0.value, abs=0.5)
-    table = study.bandwidth_table(acts, lm, tokens, config, [0.3], 2)
-    assert sorted(table.bandwidth.unique()) == [0.1, 0.3] and len(table) == 4
+    table = study.bandwidth_table(acts, lm, tokens, config, [0.3], [0.1], 2)
+    assert [(b, s) for b, s in zip(table.bandwidth, table.sparsity, strict=True)][::2] == [(0.1, 1e-3), (0.3, 1e-3), (0.1, 0.1)]
+    assert table.fvu_ratio[table.bandwidth == 0.1].tolist() == pytest.approx([1] * 4)  # a frontier against itself
     assert study.score_table("x", scores).l0.tolist() == [score.l0.value for score in scores]

@@ -80,38 +80,62 @@ def test_gradient_of_the_atoms_is_tangent():
     assert trainee.W_dec.grad.abs().max() > 1e-3
 
 
-def test_diagnostics_split_the_gradient_autograd_gives(acts):
-    """reconstruction_push and sparsity_push are parts of the very gradient that trains θ."""
+@pytest.mark.parametrize("loss", SPARSITY_LOSSES["jumprelu"])
+def test_diagnostics_split_the_gradient_of_the_threshold(loss):
+    """Against finite differences of nothing but the closed form: ∂/∂θ of each term by the chain rule, for every loss."""
     torch.manual_seed(0)
-    config = dataclasses.replace(SMALL, log_threshold=False, bandwidth=0.3)
+    config, epsilon, price = dataclasses.replace(SMALL, sparsity_loss=loss, l0_target=5.0), 0.3, 1e-2
     trainee = Trainee(16, config).double()
-    x = torch.randn(256, 16, dtype=torch.float64) / 4
-    dead = torch.zeros(48, dtype=torch.bool)
-    pushes = {}
-    for name in ("reconstruction", "sparsity"):
-        trainee.zero_grad()
-        trainee.loss(x, trainee(x, 0.3), 1e-2, 0.3, dead)[name].backward()
-        pushes[name] = trainee.threshold_parameter.grad.abs().mean().item()
-    seen = trainee.diagnose(x, trainee(x, 0.3), 1e-2, 0.3)
-    assert seen.reconstruction_push == pytest.approx(pushes["reconstruction"], rel=1e-6)
-    assert seen.sparsity_push == pytest.approx(pushes["sparsity"], rel=1e-6)
-    pre = trainee(x, 0.3).pre
-    assert seen.window_share == pytest.approx(((pre - trainee.threshold).abs() < 0.15).double().mean().item())
+    x, dead = torch.randn(256, 16, dtype=torch.float64) / 4, torch.zeros(48, dtype=torch.bool)
+    out = trainee(x, epsilon)
+    seen = trainee.diagnose(out, trainee.loss(x, out, price, epsilon, dead), epsilon)
+    theta, pre = trainee.threshold.detach(), out.pre.detach()
+    K = ((pre - theta).abs() < epsilon / 2).double() / epsilon
+    assert seen.window_share == pytest.approx((K > 0).double().mean().item())
+    to_acts = 2 * (out.x_hat - x).detach() @ trainee.W_dec.detach().T / len(x)
+    assert seen.reconstruction_push == pytest.approx((-theta * to_acts * K).sum(0).abs().mean().item(), rel=1e-6)
+    l0, frequency = (pre > theta).sum(-1).double(), (pre > theta).double().mean(0)
+    acts = out.acts.detach()
+    per_activation = {  # derivative of the penalty by the step H(π − θ), or by f for those that act on f
+        "l0": torch.ones(256, 48).double(),
+        "l0_target": (2 * (l0 / 5 - 1) / 5)[:, None].expand(256, 48),
+        "l0_target_batch": (2 * (l0.mean() / 5 - 1) / 5).expand(256, 48),
+        "l0_quadratic": (2 / 5 * 2 * (l0 - 5))[:, None].expand(256, 48),
+        "frequency": (1 + 2 * frequency / config.frequency_reference).expand(256, 48),
+        "tanh": theta * config.tanh_scale * (1 - torch.tanh(config.tanh_scale * acts) ** 2),
+        "l1": theta.expand(256, 48),
+    }[loss]
+    if loss == "l1":  # RI-L1: free norms weigh the activations
+        per_activation = per_activation * trainee.W_dec.detach().norm(dim=-1)
+    assert seen.sparsity_push == pytest.approx((price * per_activation * K).mean(0).abs().mean().item(), rel=1e-5)
 
 
-def test_resampling_revives_dead_latents(acts):
-    state = _State(acts, dataclasses.replace(SMALL, architecture="gated"), torch.device("cpu"))
+@pytest.mark.parametrize("architecture", ["gated", "jumprelu"])
+def test_resampling_revives_dead_latents(acts, architecture):
+    state = _State(acts, dataclasses.replace(SMALL, architecture=architecture), torch.device("cpu"))
     trainee, x = state.trainee, planted(256)[0] / state.input_scale
     dead = torch.zeros(48, dtype=torch.bool)
     dead[5:9] = True
     trainee.b_enc.data[dead] = -100
+    if architecture == "gated":
+        trainee.b_mag.data[dead] = -3
+    else:
+        trainee.threshold_parameter.data[dead] = 5.0
     before = trainee.W_dec.detach().clone()
+    assert not (trainee(x, 0.1).acts[:, dead] > 0).any()
     replaced = trainee.resample(x, dead, 0.1, state.generator)
     assert replaced.tolist() == [5, 6, 7, 8]
     assert (trainee(x, 0.1).acts[:, dead] > 0).any(0).all()
     assert torch.equal(before[~dead], trainee.W_dec[~dead])
-    config = dataclasses.replace(SMALL, architecture="gated", resample=(0.5,), dead_after=100, sparsity=0.5)
-    train(acts, config, device="cpu")  # and Adam's moments follow, through the public path
+
+
+def test_resampling_while_training(acts):
+    config = dataclasses.replace(SMALL, architecture="gated", resample=(0.5,), batch_size=4, dead_after=4)
+    without = train(acts, dataclasses.replace(config, resample=()), device="cpu")
+    resampled = train(acts, config, device="cpu")
+    assert without.log.dead.iloc[30] > 0.1 and not torch.equal(without.sae.W_dec, resampled.sae.W_dec)
+    first_half = without.log.step < 30
+    assert resampled.log[first_half].equals(without.log[first_half])
 
 
 def test_saturated_sparsity_is_named(acts):
@@ -185,7 +209,7 @@ def test_a_checkpoint_of_any_step_is_gone_on_from(acts, tmp_path, architecture, 
     for _ in range(step):
         row = _advance(state, next(batches) / state.input_scale, log_this=True)
         state.log.append(row)  # 60 steps, 100 log rows: every step is logged
-    state.save(tmp_path / "checkpoint.safetensors", digest(acts.fingerprint, dataclasses.asdict(config)))
+    state.save(tmp_path / "checkpoint.safetensors", digest(acts.fingerprint, dataclasses.asdict(config), 100))
     resumed = train(acts, config, out=tmp_path, device="cpu")
     assert resumed.sae.fingerprint == whole.sae.fingerprint and resumed.log.equals(whole.log)
 
@@ -205,6 +229,11 @@ def test_damaged_and_foreign_checkpoints(acts, tmp_path):
     assert checkpoint.exists()
 
 
-def test_divergence_is_an_error(acts):
-    with pytest.raises(FloatingPointError, match="diverged at step"):
-        train(acts, dataclasses.replace(SMALL, architecture="relu", lr=1e30, unit_norm=False), device="cpu")
+def test_divergence_is_an_error_and_never_saved(acts, tmp_path):
+    diverging = dataclasses.replace(SMALL, architecture="relu", lr=1e30, unit_norm=False)
+    with pytest.raises(FloatingPointError, match="diverged before step"):
+        train(acts, diverging, out=tmp_path, device="cpu", checkpoint_seconds=0.0, log_rows=1)
+    assert not (tmp_path / "run.json").exists()
+    if (tmp_path / "checkpoint.safetensors").exists():  # of a step at which all was well
+        with safe_open(tmp_path / "checkpoint.safetensors", "pt") as f:
+            assert all(torch.isfinite(f.get_tensor(name)).all() for name in f.keys() if name.startswith("trainee."))  # noqa: SIM118
