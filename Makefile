@@ -43,7 +43,7 @@ reproduce: setup ## run the notebooks that are not up to date; write figures/; p
 
 test: setup ## lint, unit tests with coverage, then every committed notebook under nbval
 	$(RUN) -m ruff check
-	$(RUN) -m pytest -q $(MARKED) --cov
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile $(MARKED) --cov
 	$(RUN) -m pytest -q --nbval --nbval-current-env --nbval-cell-timeout=900 \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
 
