@@ -35,7 +35,7 @@ class LMConfig:
     """Size and training of the embedded model.
 
     The defaults are those of the weights in `jumprelu/lm`, but for which rows of a document with more than 64 are drawn: that was
-    evened out after their run, so training again gives an equally good model and not the same one.
+    evened out after their run, so training again gives a model like it and not the same one.
     """
 
     vocab_size: int = 4096
