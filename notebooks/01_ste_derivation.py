@@ -104,10 +104,10 @@ toy_facts = {
     "JumpReLU has the lowest objective": bool((advantage.low > 0).all()),
     "JumpReLU has the fewest false positives": bool((false_positive_gap.low > 0).all()),
     "biased ReLUs shrink, with and without gain": bool((shrinkage_gap.low > 0).all()),
-    "false positives, ReLU": round(false_positives["ReLU"].mean(), 2),
-    "false positives, JumpReLU": round(false_positives["JumpReLU"].mean(), 3),
-    "shrinkage, biased ReLU": round(shrink["biased ReLU"].mean(), 2),
-    "shrinkage, JumpReLU": round(shrink["JumpReLU"].mean(), 2),
+    "false positives, ReLU": round(float(false_positives["ReLU"].mean()), 2),
+    "false positives, JumpReLU": round(float(false_positives["JumpReLU"].mean()), 3),
+    "shrinkage, biased ReLU": round(float(shrink["biased ReLU"].mean()), 2),
+    "shrinkage, JumpReLU": round(float(shrink["JumpReLU"].mean()), 2),
 }
 toy_facts
 
