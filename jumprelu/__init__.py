@@ -6,7 +6,8 @@
     acts = jr.harvest(lm, tokens, site="resid_post", layer=3, out="acts")
     sae, log = jr.train(acts, jr.TrainConfig(d_sae=1024, steps=1000))
 
-Reading order: estimators, losses, sae, architectures, recipe, train; then hooks, harvest, activations; then metrics.
+Reading order: estimators, losses, sparse, sae, architectures, recipe, optim, train; then hooks, harvest, activations; then
+metrics.
 """
 
 from . import plots
@@ -20,12 +21,12 @@ from .lm import LM, load_lm
 from .metrics import Report, evaluate
 from .recipe import TrainConfig, paper_recipe
 from .sae import SAE, load_sae
-from .train import train
+from .train import train, train_many
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LM", "SAE", "Activations", "Report", "Tokens", "TrainConfig", "evaluate", "facts", "harvest", "jump_relu", "load_lm",
     "load_sae", "load_texts", "open_activations", "paper_recipe", "plots", "remember", "save_figure", "step", "tokenize",
-    "train", "use_style",
+    "train", "train_many", "use_style",
 ]  # fmt: skip

@@ -6,12 +6,16 @@ Notable here:
 - `batches` is a shuffled, endless stream whose order depends on the seed and `bucket_rows` alone. It can start at any
   batch number without reading what comes before, so training resumes exactly.
 - reading in random order from a disk is slow, and a whole store may not fit into memory: shards are shuffled, read in
-  buckets of several, and rows are shuffled within a bucket. Memory is one bucket, whatever the store's size.
+  buckets of several, and rows are shuffled within a bucket. A thread reads the next bucket while one is in use, each row
+  straight to its place in the shuffled order. Memory is two buckets, whatever the store's size.
 """
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256 as new_sha256
 from pathlib import Path
@@ -98,36 +102,32 @@ class Activations:
             first += record["rows"]
         return sample
 
-    def batches(self, batch_size: int, seed: int = 0, start: int = 0, bucket_rows: int = 2**18) -> Iterator[torch.Tensor]:
+    def batches(self, batch_size: int, seed: int = 0, start: int = 0, bucket_rows: int = 2**18) -> Batches:
         """Endless stream of shuffled batches, float32 [batch_size, d_in], epoch after epoch, every batch full.
 
         start: number of the first batch; `batches(b, seed, k)` gives what `batches(b, seed)` gives after k batches.
-        bucket_rows: rows in memory at a time (at least one shard), 4·d_in bytes each; more mixes further.
+        bucket_rows: rows in a bucket (at least one shard), 4·d_in bytes each; more mixes further. Memory is two of them:
+        the one in use and the next, which a thread reads meanwhile. See :class:`Batches` for how that thread ends.
         A batch may hold rows from both sides of the border between two epochs. Raises ValueError for a damaged shard.
         """
         if batch_size < 1 or start < 0 or bucket_rows < 1:
             raise ValueError(f"batch_size {batch_size}, start {start}, bucket_rows {bucket_rows}: expected at least 1, 0 and 1")
-        epoch, skip = divmod(start * batch_size, self.n_rows)
-        rest = torch.empty(0, self.d_in)  # what the last bucket left over
+        return Batches(self, batch_size, seed, start, bucket_rows)
+
+    def _bucket_stream(self, seed: int, row: int, bucket_rows: int) -> Iterator[tuple[list[str], torch.Tensor, int]]:
+        """The buckets from the one on that holds row number `row` of the stream: the names of its shards, the place of each of
+        their rows in the shuffled order, and how many rows of that order come before `row`."""
+        epoch, skip = divmod(row, self.n_rows)
         while True:
             for number, names in enumerate(self._buckets(seed, epoch, bucket_rows)):
                 rows = sum(self.index["shards"][name]["rows"] for name in names)
                 if skip >= rows:
                     skip -= rows
                     continue
-                order = torch.randperm(rows, generator=_generator(seed, epoch, number))[skip:]
+                places = torch.empty(rows, dtype=torch.long)
+                places[torch.randperm(rows, generator=_generator(seed, epoch, number))] = torch.arange(rows)
+                yield names, places, skip
                 skip = 0
-                bucket = self._read_bucket(names, rows)
-                head, order = order[: batch_size - len(rest)], order[batch_size - len(rest) :]
-                rest = torch.cat([rest, bucket[head]])
-                if len(rest) < batch_size:
-                    continue
-                yield rest
-                full = len(order) - len(order) % batch_size
-                for i in range(0, full, batch_size):
-                    yield bucket[order[i : i + batch_size]]
-                rest = bucket[order[full:]]
-                del bucket  # before the next one is read
             epoch += 1
 
     def _buckets(self, seed: int, epoch: int, bucket_rows: int) -> list[list[str]]:
@@ -144,13 +144,13 @@ class Activations:
             rows += more
         return buckets
 
-    def _read_bucket(self, names: list[str], rows: int) -> torch.Tensor:
-        bucket, first = torch.empty(rows, self.d_in), 0
-        for name in names:
-            activations = self._read(name)["activations"]
-            bucket[first : first + len(activations)] = activations
-            first += len(activations)
-        return bucket
+    def _read_into(self, bucket: torch.Tensor, name: str, places: torch.Tensor) -> None:
+        """Put the rows of a shard at `places` of the bucket, float32 [rows, d_in]."""
+        activations = self._read(name)["activations"]
+        # pieces that stay in a cache, and below the size from which torch uses several threads: those are for training
+        rows = max(1, (2**15 - 1) // self.d_in)
+        for piece, where in zip(activations.split(rows), places.split(rows), strict=True):
+            bucket.index_copy_(0, where, piece.float())
 
     def _read(self, name: str) -> dict[str, torch.Tensor]:
         path = self.folder / name
@@ -159,12 +159,66 @@ class Activations:
         with safe_open(path, framework="pt") as f:
             tensors = {key: f.get_tensor(key) for key in ("activations", "ids", "position", "document")}
         if name not in self._checked:
-            bad = ~torch.isfinite(tensors["activations"]).all(dim=-1)
-            if bad.any():
+            # a NaN or an infinity makes the sum one, which is quick to see; a sum may overflow without, so look again
+            suspect = not torch.isfinite(tensors["activations"].sum(dtype=torch.float32))
+            if suspect and (bad := ~torch.isfinite(tensors["activations"]).all(dim=-1)).any():
                 raise ValueError(f"{path} holds NaN or infinity in {_count(bad)}. Harvest again into another folder, from a "
                                  "model that gives finite activations, or with dtype='float32'")
             self._checked.add(name)
         return tensors
+
+
+class Batches(Iterator[torch.Tensor]):
+    """The stream of :meth:`Activations.batches`. A batch is a view of its bucket, which stays in memory as long as the batch.
+
+    An error of the reading thread, such as a damaged shard, is raised when the stream comes to that bucket. The thread ends
+    with the stream, after the shard that it is at: :meth:`close` waits for this, dropping the last reference does not.
+    """
+
+    def __init__(self, acts: Activations, batch_size: int, seed: int, start: int, bucket_rows: int):
+        self.waited = 0.0
+        """Seconds that the consumer waited for the thread, so far."""
+        self._thread = ThreadPoolExecutor(1, "jumprelu-batches")
+        weakref.finalize(self, self._thread.shutdown, wait=False, cancel_futures=True)
+        self._acts, self._batch_size = acts, batch_size
+        self._plan = acts._bucket_stream(seed, start * batch_size, bucket_rows)
+        self._left: torch.Tensor | None = None  # what is not yet used of the bucket in use
+        self._ahead: tuple[torch.Tensor, int, list[Future]] | None = None  # the next bucket, rows to skip, jobs that fill it
+        self._read_ahead()
+
+    def __next__(self) -> torch.Tensor:
+        if self._ahead is None:
+            raise StopIteration
+        parts, missing = [], self._batch_size
+        while missing:
+            if self._left is None:
+                self._left = self._next_bucket()
+            parts.append(self._left[:missing])
+            missing -= len(parts[-1])
+            self._left = self._left[len(parts[-1]) :] if len(self._left) > len(parts[-1]) else None
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def close(self) -> None:
+        """End the stream and its thread; returns when the thread is gone."""
+        self._left = self._ahead = None
+        self._thread.shutdown(cancel_futures=True)
+
+    def _read_ahead(self) -> None:
+        names, places, skip = next(self._plan)
+        bucket = torch.empty(len(places), self._acts.d_in)
+        places = places.split([self._acts.index["shards"][name]["rows"] for name in names])
+        # a job a shard, so that ending the stream waits for one shard at most
+        jobs = [self._thread.submit(self._acts._read_into, bucket, *each) for each in zip(names, places, strict=True)]
+        self._ahead = bucket, skip, jobs
+
+    def _next_bucket(self) -> torch.Tensor:
+        bucket, skip, jobs = self._ahead
+        began = time.perf_counter()
+        for job in jobs:
+            job.result()
+        self.waited += time.perf_counter() - began
+        self._read_ahead()
+        return bucket[skip:]
 
 
 def open_activations(folder: str | Path) -> Activations:

@@ -5,6 +5,8 @@ Notable here:
 - initialisation of the paper: atoms He-uniform, then unit-norm; W_enc = W_decᵀ, then untied; biases zero.
 - the encoder sees x − b_dec while training; :meth:`Trainee.fold` removes that, and the input scale, at the end.
 - :meth:`Trainee.loss` returns every term by name, so a log can show what the sum hides.
+- a pass has a layout: all of [batch, d_sae], or only the entries that loss and gradients depend on, whichever is faster
+  for the batch at hand. Values and gradients are the same to rounding (`sparse.py`).
 """
 
 from __future__ import annotations
@@ -15,18 +17,21 @@ from typing import NamedTuple
 
 import torch
 
-from . import losses
-from .estimators import jump_relu, kernel, step
+from . import losses, sparse
+from .estimators import REACH, jump_relu, kernel, step
+from .losses import DENSE, Layout
 from .recipe import TrainConfig
 from .sae import SAE, Origin
 
 
 class Forward(NamedTuple):
-    """One pass: pre-activations and activations [batch, d_sae], reconstruction [batch, d_in]."""
+    """One pass. pre, threshold, acts: entries of [batch, d_sae] in the layout (θ may be [d_sae]); x_hat: [batch, d_in]."""
 
     pre: torch.Tensor
+    threshold: torch.Tensor
     acts: torch.Tensor
     x_hat: torch.Tensor
+    layout: Layout
 
 
 class StepDiagnostics(NamedTuple):
@@ -54,7 +59,7 @@ class Trainee(torch.nn.Module):
         atoms = torch.rand(config.d_sae, d_in, generator=generator) * 2 * bound - bound
         atoms /= atoms.norm(dim=-1, keepdim=True)
         self.W_dec = torch.nn.Parameter(atoms)
-        self.W_enc = torch.nn.Parameter(atoms.T.contiguous().clone())
+        self.W_enc = torch.nn.Parameter(atoms.clone().T)  # in memory latent by latent, as W_dec is
         self.b_enc = torch.nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
         if config.architecture == "jumprelu":
@@ -73,77 +78,101 @@ class Trainee(torch.nn.Module):
             return torch.zeros_like(self.b_enc)
         return self.threshold_parameter.exp() if self.config.log_threshold else self.threshold_parameter
 
-    def forward(self, x: torch.Tensor, bandwidth: float) -> Forward:
-        """x: [batch, d_in] in normalised units; bandwidth: ε at this step."""
+    @torch.no_grad()
+    def layout(self, x: torch.Tensor, bandwidth: float) -> Layout:
+        """The entries that a batch needs; all of them where that is faster: for a batch that is dense, or on a GPU."""
         c = self.config
-        # (x − b_dec) W_enc + b_enc, written so that no gradient of x's shape is ever formed
-        offset = self.b_dec @ self.W_enc
-        pre = x @ self.W_enc + (self.b_enc - offset)  # [batch, d_sae]
+        if x.device.type != "cpu" or c.preactivation or sparse.DENSE_ABOVE <= 0:  # that loss touches every latent
+            return DENSE
+        centred, low = x - self.b_dec, torch.zeros_like(self.b_enc)
+        if c.architecture == "topk":
+            few = c.k <= sparse.DENSE_ABOVE * c.d_sae
+            return sparse.largest(centred, self.W_enc, self.b_enc, c.k) if few else DENSE
+        if c.architecture == "jumprelu" or c.loss == "l0":
+            reach = REACH[c.kernel] * bandwidth
+            low = self.threshold - reach - 1e-6 * (self.threshold + reach)  # rounding must not lose the border
+        if c.architecture == "batchtopk":
+            low += 0.8 * self.batch_threshold
+        found = self._screened(centred, low)
+        if c.architecture == "batchtopk" and found is not None and len(found) < c.k * len(x):  # fewer than k a token: look lower
+            found = self._screened(centred, torch.zeros_like(low))
+        return DENSE if found is None else found
+
+    def _screened(self, centred: torch.Tensor, low: torch.Tensor) -> sparse.Support | None:
+        wanted, found = self.config.encoder_dtype, None
+        if (sparse.fast_dtype() if wanted is None else getattr(torch, wanted)) == torch.bfloat16:
+            few = min(sparse.BF16_BELOW, sparse.DENSE_ABOVE)
+            found = sparse.screen(centred, self.W_enc, self.b_enc, low, torch.bfloat16, few)
+        if found is None:
+            found = sparse.screen(centred, self.W_enc, self.b_enc, low, torch.float32, sparse.DENSE_ABOVE)
+        return found
+
+    def forward(self, x: torch.Tensor, bandwidth: float, layout: Layout | None = None) -> Forward:
+        """x: [batch, d_in] in normalised units; bandwidth: ε at this step; layout: default is that of :meth:`layout`."""
+        c, layout = self.config, self.layout(x, bandwidth) if layout is None else layout
+        pre, threshold = layout.encode(x, self.W_enc, self.b_enc, self.b_dec), layout.at(self.threshold)
         match c.architecture:
             case "relu":
                 acts = pre.relu()
             case "jumprelu":
-                acts = jump_relu(pre, self.threshold, bandwidth, c.kernel, c.ste_to_z)
+                acts = jump_relu(pre, threshold, bandwidth, c.kernel, c.ste_to_z)
             case "gated":
-                magnitude = (pre - self.b_enc) * self.r_mag.exp() + self.b_mag
+                magnitude = (pre - layout.at(self.b_enc)) * layout.at(self.r_mag.exp()) + layout.at(self.b_mag)
                 acts = (pre > 0) * magnitude.relu()
-            case "topk":
+            case "topk" if layout is DENSE:
                 values, index = pre.relu().topk(c.k, dim=-1)
                 acts = torch.zeros_like(pre).scatter(-1, index, values)
+            case "topk":
+                acts = pre.relu()
             case "batchtopk":
                 positive = pre.relu()
-                smallest = positive.flatten().topk(c.k * len(x)).values[-1]
+                kept = min(c.k * len(x), positive.numel())
+                smallest = positive.flatten().topk(kept, sorted=False).values.min()
                 acts = positive * (positive >= smallest)
                 if self.training:
                     with torch.no_grad():
                         rate = 1.0 if self.batch_threshold == 0 else 0.01
                         self.batch_threshold += rate * (smallest.detach() - self.batch_threshold)
-        return Forward(pre, acts, acts @ self.W_dec + self.b_dec)
+        return Forward(pre, threshold, acts, layout.decode(acts, self.W_dec) + self.b_dec, layout)
 
     def loss(self, x: torch.Tensor, out: Forward, sparsity: float, bandwidth: float,
              dead: torch.Tensor) -> dict[str, torch.Tensor]:
         """Terms whose sum is minimised. sparsity: λ at this step; dead: bool [d_sae], for AuxK."""
-        c = self.config
+        c, layout = self.config, out.layout
         terms = {"reconstruction": losses.reconstruction(x, out.x_hat)}
         norms = self.W_dec.norm(dim=-1) if not c.unit_norm_atoms else torch.ones_like(self.b_enc)
         match c.loss:
             case "l1":
                 # Gated pays for what opens its gate, not for magnitudes: that is how it avoids shrinkage
-                terms["sparsity"] = sparsity * losses.l1(out.pre.relu() if c.architecture == "gated" else out.acts, norms)
+                terms["sparsity"] = sparsity * losses.l1(out.pre.relu() if c.architecture == "gated" else out.acts, norms, layout)
             case "l0":
                 # a ReLU's threshold is fixed at 0, so only a pseudo-gradient to z can lower its L0
                 ste_to_z = c.ste_to_z or c.architecture == "relu"
-                terms["sparsity"] = sparsity * losses.l0(out.pre, self.threshold, bandwidth, c.kernel, ste_to_z).mean()
+                terms["sparsity"] = sparsity * losses.l0(out.pre, out.threshold, bandwidth, c.kernel, ste_to_z, layout).mean()
             case "l0_target" | "l0_target_batch" | "l0_quadratic":
-                l0 = losses.l0(out.pre, self.threshold, bandwidth, c.kernel, c.ste_to_z)
+                l0 = losses.l0(out.pre, out.threshold, bandwidth, c.kernel, c.ste_to_z, layout)
                 penalty = (losses.l0_quadratic(l0, c.l0_target) if c.loss == "l0_quadratic"
                            else losses.l0_target(l0, c.l0_target, per_sample=c.loss == "l0_target"))  # fmt: skip
                 terms["sparsity"] = sparsity * penalty
             case "frequency":
-                active = step(out.pre, self.threshold, bandwidth, c.kernel, c.ste_to_z)
-                terms["sparsity"] = sparsity * losses.frequency_penalty(active, c.frequency_reference)
+                active = step(out.pre, out.threshold, bandwidth, c.kernel, c.ste_to_z)
+                terms["sparsity"] = sparsity * losses.frequency_penalty(active, c.frequency_reference, layout)
             case "tanh":
-                terms["sparsity"] = sparsity * losses.tanh_penalty(out.acts, norms, c.tanh_scale)
+                terms["sparsity"] = sparsity * losses.tanh_penalty(out.acts, norms, c.tanh_scale, layout)
         if c.preactivation:
-            terms["preactivation"] = c.preactivation * losses.preactivation(out.pre, self.threshold, norms)
+            terms["preactivation"] = c.preactivation * losses.preactivation(out.pre, out.threshold, norms)
         if c.architecture in ("topk", "batchtopk") and c.aux_coefficient:
-            terms["aux"] = c.aux_coefficient * losses.auxk(x - out.x_hat, out.pre, self.W_dec, dead, c.k_aux)
+            index = dead.nonzero().squeeze(-1)
+            pre = DENSE.encode(x, self.W_enc[:, index], self.b_enc[index], self.b_dec)
+            terms["aux"] = c.aux_coefficient * losses.auxk(x - out.x_hat, pre, self.W_dec[index], c.k_aux)
         if c.architecture == "gated":
-            frozen = out.pre.relu() @ self.W_dec.detach() + self.b_dec.detach()
+            frozen = layout.decode(out.pre.relu(), self.W_dec.detach()) + self.b_dec.detach()
             terms["aux"] = losses.reconstruction(x, frozen)
         return terms
 
     @torch.no_grad()
-    def project_gradient(self) -> None:
-        """Remove from the gradient of each atom the part parallel to it, which renormalisation would undo."""
-        gradient = self.W_dec.grad
-        gradient -= (gradient * self.W_dec).sum(-1, keepdim=True) * self.W_dec
-
-    @torch.no_grad()
     def constrain(self) -> None:
-        """After an optimiser step: atoms back to norm 1, a raw threshold back to θ ≥ 0."""
-        if self.config.unit_norm_atoms:
-            self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)
+        """After an optimiser step: a raw threshold back to θ ≥ 0."""
         if self.config.architecture == "jumprelu" and not self.config.log_threshold:
             self.threshold_parameter.clamp_(min=0)
 
@@ -151,15 +180,16 @@ class Trainee(torch.nn.Module):
         """See :class:`StepDiagnostics`; `terms` as :meth:`loss` returned them, before their backward pass."""
         with torch.no_grad():
             theta = self.threshold
-            reached = kernel((out.pre - theta) / bandwidth, self.config.kernel) > 0  # [batch, d_sae]
+            reached = (kernel((out.pre - out.threshold) / bandwidth, self.config.kernel) > 0).float()
+            reached = out.layout.per_latent(reached)  # share of the batch, [d_sae]
             travel = (theta.clamp_min(1e-12).log() - torch.tensor(self.config.threshold_init).log()).abs().mean()
             to_theta = 1 / theta if self.config.log_threshold else torch.ones_like(theta)  # ∂/∂θ from ∂/∂log θ
         push = {"reconstruction": 0.0, "sparsity": 0.0}
         for name in push.keys() & terms.keys():
             (gradient,) = torch.autograd.grad(terms[name], self.threshold_parameter, retain_graph=True)
             push[name] = (gradient * to_theta).abs().mean().item()
-        return StepDiagnostics(reached.float().mean().item(), travel.item(), push["reconstruction"], push["sparsity"],
-                               reached.any(0).float().mean().item())  # fmt: skip
+        return StepDiagnostics(reached.mean().item(), travel.item(), push["reconstruction"], push["sparsity"],
+                               (reached > 0).float().mean().item())  # fmt: skip
 
     @torch.no_grad()
     def resample(self, x: torch.Tensor, dead: torch.Tensor, bandwidth: float, generator: torch.Generator) -> torch.Tensor:

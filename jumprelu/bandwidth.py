@@ -20,9 +20,9 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .estimators import KERNELS, jump_relu, kernel, step
+from .estimators import KERNELS, REACH, jump_relu, kernel, step
 from .intervals import jackknife, leave_one_out, mean_interval, squared_length
-from .theorem import KERNEL_REACH, Coder, Gaussian, exact_gradient, expected_estimate, influence, parts, ste_gradients
+from .theorem import Coder, Gaussian, exact_gradient, expected_estimate, influence, parts, ste_gradients
 
 if TYPE_CHECKING:
     from .activations import Activations
@@ -63,7 +63,7 @@ def bandwidth_sweep(coder: Coder, inputs: Gaussian, sparsity: float, kernel_sds:
                 for exact, estimate in enumerate(estimates):
                     moments[k, exact, 0] += estimate.sum(0)
                     moments[k, exact, 1] += estimate.square().sum(0)
-                reach = 2 * sd if name == "gaussian" else KERNEL_REACH[name] * width
+                reach = 2 * sd if name == "gaussian" else REACH[name] * width
                 inside[k] += (distance.abs() < reach).double().mean(1).sum()
         variance = (moments[:, :, 1] / n - (moments[:, :, 0] / n).square()).sum(-1) / gradient.square().sum()
         for k, (name, sd, width) in enumerate(settings):

@@ -17,7 +17,10 @@ import math
 
 import torch
 
-KERNELS = ("rectangle", "triangular", "gaussian", "epanechnikov")
+REACH = {"rectangle": 0.5, "triangular": 1.0, "gaussian": 9.0, "epanechnikov": 1.0}
+"""K(u) is zero, or below 1e-17, beyond this |u|."""
+
+KERNELS = tuple(REACH)
 
 
 def kernel(u: torch.Tensor, name: str = "rectangle") -> torch.Tensor:
@@ -80,7 +83,7 @@ def _checked(threshold: torch.Tensor | float, bandwidth: float, kernel_name: str
     if not isinstance(threshold, torch.Tensor):
         threshold = torch.tensor(threshold, dtype=z.dtype, device=z.device)
     try:
-        fits = torch.broadcast_shapes(z.shape, threshold.shape) == z.shape
+        fits = threshold.shape == z.shape or torch.broadcast_shapes(z.shape, threshold.shape) == z.shape
     except RuntimeError:
         fits = False
     if not fits:

@@ -86,20 +86,23 @@ class _Sums:
         self.x, self.x_hat = zeros(documents, d_in), zeros(documents, d_in)
         self.fired, self.group_tokens = zeros(GROUPS, d_sae), zeros(GROUPS)
 
-    def add_activations(self, x: torch.Tensor, x_hat: torch.Tensor, acts: torch.Tensor, document: torch.Tensor) -> None:
-        x, x_hat, active = x.double(), x_hat.double(), (acts > 0)
+    def add_activations(self, x: torch.Tensor, x_hat: torch.Tensor, acts: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
+        """acts: a sparse tensor [tokens, d_sae]; document: [tokens]. Returns L0 of each token."""
+        x, x_hat = x.double(), x_hat.double()
+        token, latent = acts.indices()
+        l0 = torch.bincount(token, minlength=len(x))
         self.tokens.index_add_(0, document, torch.ones_like(document, dtype=torch.float64))
-        self.active.index_add_(0, document, active.sum(-1).double())
+        self.active.index_add_(0, document, l0.double())
         self.error.index_add_(0, document, (x - x_hat).square().sum(-1))
         self.square.index_add_(0, document, x.square().sum(-1))
         self.hat_square.index_add_(0, document, x_hat.square().sum(-1))
         self.cross.index_add_(0, document, (x * x_hat).sum(-1))
         self.x.index_add_(0, document, x)
         self.x_hat.index_add_(0, document, x_hat)
-        for group in (document % GROUPS).unique().tolist():
-            rows = document % GROUPS == group
-            self.fired[group] += active[rows].sum(0)
-            self.group_tokens[group] += rows.sum()
+        group, d_sae = document % GROUPS, self.fired.shape[1]
+        self.fired += torch.bincount(group[token] * d_sae + latent, minlength=GROUPS * d_sae).view(GROUPS, d_sae)
+        self.group_tokens += torch.bincount(group, minlength=GROUPS)
+        return l0
 
     def report(self, l0_per_token: torch.Tensor) -> Report:
         used = self.tokens > 0
@@ -163,10 +166,9 @@ def evaluate(sae: SAE, lm: LM, tokens: Tokens | torch.Tensor, site: str | None =
 
         def replace(value: torch.Tensor, keep=keep, owner=owner) -> torch.Tensor:
             x = value[keep].to(sae.W_enc.dtype)
-            acts = sae.encode(x)
+            acts = sae.encode(x, sparse=True)
             x_hat = sae.decode(acts)
-            sums.add_activations(x, x_hat, acts, owner[keep])
-            l0_per_token.append((acts > 0).sum(-1).cpu())
+            l0_per_token.append(sums.add_activations(x, x_hat, acts, owner[keep]).cpu())
             return value.index_put((keep,), x_hat.to(value.dtype))
 
         clean = lm.model(ids).logits.float()

@@ -88,8 +88,14 @@ class TrainConfig:
     """Shares of the run at which dead latents are resampled (Bricken et al. 2023): the original Gated recipe."""
     dead_after: int = 200_000
     """A latent is dead when it has not fired for this many tokens."""
+    encoder_dtype: str | None = None
+    """Type in which the entries that matter are searched for on a CPU, "float32" or "bfloat16"; None: the faster one. What
+    is found is computed in float32, so results agree to rounding. TopK, dense steps and GPUs use float32 throughout."""
     seed: int = 0
-    """Fixes the initial weights and the order of the data."""
+    """Fixes the initial weights, what dead latents are resampled at and, without `data_seed`, the order of the data."""
+    data_seed: int | None = None
+    """Fixes the order of the data; None: `seed`. Runs with the same `data_seed` and `batch_size` see the same batches, and
+    :func:`jumprelu.train.train_many` reads these once for all of them."""
 
     def __post_init__(self) -> None:
         if self.architecture not in SPARSITY_LOSSES:
@@ -99,6 +105,8 @@ class TrainConfig:
                              f"expected one of {', '.join(SPARSITY_LOSSES[self.architecture])}")
         if self.kernel not in KERNELS:
             raise ValueError(f"unknown kernel {self.kernel!r}: expected one of {', '.join(KERNELS)}")
+        if self.encoder_dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"unknown encoder_dtype {self.encoder_dtype!r}: expected None, 'float32' or 'bfloat16'")
         for name in ("d_sae", "steps", "batch_size", "k", "k_aux", "bandwidth", "threshold_init", "lr", "threshold_lr",
                      "l0_target", "frequency_reference", "dead_after"):  # fmt: skip
             if not getattr(self, name) > 0:
@@ -116,6 +124,11 @@ class TrainConfig:
     def loss(self) -> str:
         """The sparsity loss in use."""
         return self.sparsity_loss or SPARSITY_LOSSES[self.architecture][0]
+
+    @property
+    def data_order(self) -> int:
+        """The seed of the order of the data in use."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def unit_norm_atoms(self) -> bool:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .files import digest, read_json, sha256, tensor_digest, write_json, write_tensors
+from .sparse import DENSE_ABOVE, Support, fast_dtype, largest, screen
 
 FORMAT = 1
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
@@ -57,6 +58,7 @@ class SAE(torch.nn.Module):
                                  f"= {(d_in, d_sae)}")
         for name, tensor in given.items():
             self.register_parameter(name, torch.nn.Parameter(tensor.detach().clone()))
+        self.W_enc.data = self.W_enc.data.T.contiguous().T  # in memory latent by latent, as W_dec is
         self.threshold.data = self.threshold.data.float()
         self.k, self.origin = k, origin
 
@@ -85,13 +87,26 @@ class SAE(torch.nn.Module):
 
     def preactivations(self, x: torch.Tensor) -> torch.Tensor:
         """π(x), shape [..., d_sae], in raw units; x: raw activations [..., d_in]. ValueError for another width."""
+        self._check_width(x)
+        return x @ self.W_enc + self.b_enc
+
+    def _check_width(self, x: torch.Tensor) -> None:
         if x.shape[-1] != self.d_in:
             where = f" (it was trained on {self.origin.site} of layer {self.origin.layer})" if self.origin.site else ""
             raise ValueError(f"activations have width {x.shape[-1]}, this SAE expects d_in = {self.d_in}{where}")
-        return x @ self.W_enc + self.b_enc
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """f(x) ≥ 0, shape [..., d_sae]; x: raw activations [..., d_in]."""
+    def encode(self, x: torch.Tensor, sparse: bool = False) -> torch.Tensor:
+        """f(x) ≥ 0, shape [..., d_sae]; x: raw activations [..., d_in].
+
+        sparse: return a sparse COO tensor, coalesced, without a gradient; x is [tokens, d_in] then, else ValueError. On a CPU
+        the dense matrix is never formed.
+        """
+        if sparse:
+            if x.ndim != 2:
+                raise ValueError(f"sparse encoding takes x of shape [tokens, d_in], got {tuple(x.shape)}: use x.flatten(0, -2)")
+            with torch.no_grad():
+                support = self._support(x, limit=1.0)
+                return self.encode(x).to_sparse() if support is None else _as_coo(support)
         pre = self.preactivations(x)
         acts = pre.relu() * (pre.float() > self.threshold)
         if self.k is None:
@@ -100,12 +115,30 @@ class SAE(torch.nn.Module):
         return torch.zeros_like(acts).scatter(-1, index, values)
 
     def decode(self, acts: torch.Tensor) -> torch.Tensor:
-        """x̂, shape [..., d_in]; acts: [..., d_sae]."""
-        return acts @ self.W_dec + self.b_dec
+        """x̂, shape [..., d_in]; acts: [..., d_sae], or the sparse tensor that :meth:`encode` gives."""
+        if not acts.is_sparse:
+            return acts @ self.W_dec + self.b_dec
+        (token, latent), values = acts.indices(), acts.values()
+        start = torch.searchsorted(token, torch.arange(len(acts) + 1, device=token.device))
+        return torch.nn.functional.embedding_bag(latent, self.W_dec, start, mode="sum", include_last_offset=True,
+                                                 per_sample_weights=values.to(self.W_dec.dtype)) + self.b_dec  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x̂(x), raw activations to raw reconstruction, [..., d_in]."""
-        return self.decode(self.encode(x))
+        support = None if torch.is_grad_enabled() else self._support(x.flatten(0, -2), DENSE_ABOVE)
+        if support is None:
+            return self.decode(self.encode(x))
+        return (support.decode(support.pre, self.W_dec) + self.b_dec).unflatten(0, x.shape[:-1])
+
+    def _support(self, x: torch.Tensor, limit: float) -> Support | None:
+        """What is active on x: [tokens, d_in]; None where dense arithmetic is used instead."""
+        self._check_width(x)
+        if x.device.type != "cpu" or x.dtype != torch.float32 or self.W_enc.dtype != torch.float32 or not len(x):
+            return None
+        if self.k is None:
+            return screen(x, self.W_enc, self.b_enc, self.threshold, fast_dtype(), limit)
+        support = largest(x, self.W_enc, self.b_enc, self.k)
+        return support.take((support.pre > support.at(self.threshold)).nonzero().squeeze(-1))
 
     def save(self, folder: str | Path) -> Path:
         """Write `sae.safetensors` and `cfg.json` to `folder`, each whole or not at all; returns the folder."""
@@ -118,6 +151,13 @@ class SAE(torch.nn.Module):
     def extra_repr(self) -> str:
         o = self.origin
         return f"{o.architecture}, d_in={self.d_in}, d_sae={self.d_sae}, {o.model_name}, {o.site}, layer={o.layer}"
+
+
+def _as_coo(support: Support) -> torch.Tensor:
+    order, start, latent = support.by_token
+    index = torch.stack([torch.arange(support.shape[0]).repeat_interleave(start.diff()), latent.long()])
+    return torch.sparse_coo_tensor(index, support.pre.index_select(0, order), support.shape, is_coalesced=True,
+                                   check_invariants=False)  # fmt: skip
 
 
 def load_sae(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SAE:

@@ -15,12 +15,12 @@ from .corpus import Tokens
 from .lm import LM
 from .metrics import Report, evaluate
 from .recipe import TrainConfig
-from .train import TrainResult, train
+from .train import TrainResult, train_many
 
 
 def train_seeds(acts: Activations, config: TrainConfig, seeds: int) -> list[TrainResult]:
-    """`config` trained with seeds 0 … seeds − 1; each run is remembered by itself."""
-    return [remember(train, acts, dataclasses.replace(config, seed=seed)) for seed in range(seeds)]
+    """`config` trained with seeds 0 … seeds − 1, of the initial weights and of the order of the data; remembered."""
+    return remember(train_many, acts, [dataclasses.replace(config, seed=seed) for seed in range(seeds)])
 
 
 def score_runs(runs: Sequence[TrainResult], lm: LM, tokens: Tokens) -> list[Report]:
@@ -65,19 +65,22 @@ def fvu_at(frontier: pd.DataFrame, l0: float) -> float:
     return float(np.interp(np.log(l0), np.log(ordered.l0), ordered.fvu, left=np.nan, right=np.nan))
 
 
-def bandwidth_table(acts: Activations, lm: LM, tokens: Tokens, config: TrainConfig, others: Sequence[float],
-                    sparsities: Sequence[float], seeds: int) -> pd.DataFrame:
-    """`config` at its own and `others` bandwidths, and at its own bandwidth with the prices `sparsities` too.
+def bandwidth_table(acts: Activations, lm: LM, tokens: Tokens, config: TrainConfig, runs: Sequence[TrainResult],
+                    others: Sequence[float], sparsities: Sequence[float]) -> pd.DataFrame:
+    """`config`, of which `runs` are the seeds, at `others` bandwidths too, and at its own with the prices `sparsities`.
 
     One row a run: bandwidth, sparsity, seed, the metrics of :func:`score_table`, threshold_travel (mean |log θ − log θ_init|),
     and fvu_ratio: FVU over that of the same seed's runs at `config.bandwidth` at the same L0 (:func:`fvu_at`).
     """
+    settings = [(bandwidth, config.sparsity) for bandwidth in others] + [(config.bandwidth, price) for price in sparsities]
+    changed = [dataclasses.replace(config, bandwidth=bandwidth, sparsity=price, seed=seed)
+               for bandwidth, price in settings for seed in range(len(runs))]  # fmt: skip
+    more = remember(train_many, acts, changed)
     tables = []
-    settings = [(bandwidth, config.sparsity) for bandwidth in sorted({config.bandwidth, *others})]
-    for bandwidth, sparsity in settings + [(config.bandwidth, sparsity) for sparsity in sparsities]:
-        runs = train_seeds(acts, dataclasses.replace(config, bandwidth=bandwidth, sparsity=sparsity), seeds)
-        table = score_table("JumpReLU", score_runs(runs, lm, tokens)).assign(bandwidth=bandwidth, sparsity=sparsity)
-        table["threshold_travel"] = [run.log.threshold_travel.iloc[-1] for run in runs]
+    for number, (bandwidth, price) in enumerate([(config.bandwidth, config.sparsity), *settings]):
+        these = [*runs, *more][number * len(runs) : (number + 1) * len(runs)]
+        table = score_table("JumpReLU", score_runs(these, lm, tokens)).assign(bandwidth=bandwidth, sparsity=price)
+        table["threshold_travel"] = [run.log.threshold_travel.iloc[-1] for run in these]
         tables.append(table)
     table = pd.concat(tables, ignore_index=True)
     own = table[table.bandwidth == config.bandwidth]

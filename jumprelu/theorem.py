@@ -28,11 +28,8 @@ import scipy.stats
 import torch
 from tqdm import tqdm
 
-from .estimators import KERNELS, jump_relu, kernel, step
+from .estimators import KERNELS, REACH, jump_relu, kernel, step
 from .intervals import mean_interval
-
-KERNEL_REACH = {"rectangle": 0.5, "triangular": 1.0, "gaussian": 9.0, "epanechnikov": 1.0}
-"""K(u) is zero, or below 1e-17, beyond this |u|."""
 
 # ---- the lemma: d/dy E[A·H(Y − y)] = −E[A | Y = y]·p_Y(y) -------------------------------------------------------
 
@@ -289,7 +286,7 @@ def expected_estimate(coder: Coder, inputs: Gaussian, sparsity: float, bandwidth
     exact=False gives the mean of the straight-through gradient.
     """
     points, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(nodes))
-    half = KERNEL_REACH[kernel_name] / 2
+    half = REACH[kernel_name] / 2
     u, weights = torch.cat([half * (points - 1), half * (points + 1)]), torch.cat([weights, weights]) * half
     y = coder.threshold + bandwidth * u[:, None]
     without, density = _given_pre_activation(coder, inputs, y)

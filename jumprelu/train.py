@@ -1,9 +1,11 @@
-"""Train one SAE on harvested activations: `train(acts, TrainConfig(...)) -> (sae, log)`.
+"""Train SAEs on harvested activations: `train(acts, TrainConfig(...)) -> (sae, log)`, and `train_many` for a sweep.
 
 Notable here:
 - a run is a function of (activations, config) alone. Killed at any step and started again with the same `out`,
   it ends with the very bits of an uninterrupted run: weights, both Adam moments, dead-latent counters, random
   state and the place in the data are one file, replaced by rename.
+- a sweep reads its data once for all runs that see the same batches. These take turns of a block of batches, small enough
+  that it, and the weights of the run at work, stay in a cache; each run ends with the bits that it has when trained alone.
 - the log holds what the loss hides: how many samples reach the thresholds, how far θ has travelled, which of
   reconstruction and sparsity pushes it, and whether more λ would still do anything.
 """
@@ -11,10 +13,13 @@ Notable here:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import time
 import warnings
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,11 +31,16 @@ from tqdm import tqdm
 from .activations import Activations
 from .architectures import Trainee
 from .files import digest, read_json, write_json, write_tensors, write_text
+from .optim import Adam
 from .recipe import TrainConfig, bandwidth_at, lr_factor, sparsity_at
 from .sae import SAE, load_sae
 
 SATURATED = 30.0
 """λ counts as saturated when sparsity pushes θ this many times harder than reconstruction resists."""
+
+BLOCK = 32
+BLOCK_BYTES = 2**25
+"""A run's turn in a sweep: at most so many batches, and so many bytes of them, but at least one batch."""
 
 
 class TrainResult(NamedTuple):
@@ -40,40 +50,42 @@ class TrainResult(NamedTuple):
     log: pd.DataFrame
 
 
-def make_optimizer(trainee: Trainee, config: TrainConfig) -> torch.optim.Adam:
-    """Adam; the thresholds in a group of their own. Each group remembers its base learning rate."""
-    named = dict(trainee.named_parameters())
-    threshold = [named.pop("threshold_parameter")] if "threshold_parameter" in named else []
-    groups = [{"params": list(named.values()), "base_lr": config.lr}]
-    if threshold:
-        groups.append({"params": threshold, "base_lr": config.lr * config.threshold_lr})
-    return torch.optim.Adam(groups, lr=config.lr, betas=config.betas, eps=config.adam_eps, fused=True)
+class Inputs(NamedTuple):
+    """What training needs to know of the activations beforehand: √E‖x‖², and E x [d_in]."""
+
+    scale: float
+    mean: torch.Tensor
+
+
+def measure_inputs(acts: Activations, device: torch.device) -> Inputs:
+    """Estimates on a fixed sample of 65,536 activations. Raises ValueError if these are all zero."""
+    sample = acts.rows(min(len(acts), 65_536), seed=0).to(device)
+    scale = float(sample.square().sum(-1).mean().sqrt())
+    if not scale > 0:
+        raise ValueError(f"the activations of {acts.folder} are all zero: nothing to train on")
+    return Inputs(scale, sample.mean(0))
 
 
 class _State:
-    """Everything that the next step depends on."""
+    """Everything that the next step depends on. inputs: default is to measure them."""
 
-    def __init__(self, acts: Activations, config: TrainConfig, device: torch.device):
+    def __init__(self, acts: Activations, config: TrainConfig, device: torch.device, inputs: Inputs | None = None):
         self.config = config
         self.generator = torch.Generator().manual_seed(config.seed)
         self.trainee = Trainee(acts.d_in, config, self.generator).to(device)
-        sample = acts.rows(min(len(acts), 65_536), seed=0).to(device)
-        self.input_scale = float(sample.square().sum(-1).mean().sqrt())
-        if not self.input_scale > 0:
-            raise ValueError(f"the activations of {acts.folder} are all zero: nothing to train on")
+        inputs = inputs or measure_inputs(acts, device)
+        self.input_scale = inputs.scale
         if config.mean_b_dec:
-            self.trainee.b_dec.data = sample.mean(0) / self.input_scale
-        self.optimizer = make_optimizer(self.trainee, config)
+            self.trainee.b_dec.data = inputs.mean / inputs.scale
+        unit_norm = ("W_dec",) if config.unit_norm_atoms else ()
+        self.optimizer = Adam(dict(self.trainee.named_parameters()), config.betas, config.adam_eps, unit_norm)
         self.silent = torch.zeros(config.d_sae, device=device)  # tokens since each latent last fired
         self.step = 0
         self.log: list[dict[str, float]] = []
 
-    def named_moments(self) -> dict[str, tuple[torch.nn.Parameter, dict[str, torch.Tensor]]]:
-        return {name: (p, self.optimizer.state[p]) for name, p in self.trainee.named_parameters()}
-
     def save(self, path: Path, identity: str) -> None:
         tensors = {f"trainee.{name}": tensor for name, tensor in self.trainee.state_dict().items()}
-        for name, (_, moments) in self.named_moments().items():
+        for name, moments in self.optimizer.moments.items():
             tensors |= {f"adam.{key}.{name}": value for key, value in moments.items()}
         tensors |= {"silent": self.silent, "generator": self.generator.get_state()}
         metadata = {"step": self.step, "input_scale": self.input_scale.hex(), "identity": identity, "log": self.log}
@@ -90,12 +102,13 @@ class _State:
             raise ValueError(f"{path} belongs to a run with other activations or another configuration: give this run "
                              "another folder, or delete that one. Nothing was overwritten")
         self.trainee.load_state_dict({name[8:]: t for name, t in tensors.items() if name.startswith("trainee.")})
-        for name, (parameter, _) in self.named_moments().items():
-            moments = {key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = moments
+        for name, moments in self.optimizer.moments.items():
+            for key, value in moments.items():
+                value.copy_(tensors[f"adam.{key}.{name}"])
         self.silent = tensors["silent"]
         self.generator.set_state(tensors["generator"].cpu())
         self.step, self.log = metadata["step"], metadata["log"]
+        self.optimizer.steps = self.step
         self.input_scale = float.fromhex(metadata["input_scale"])
 
 
@@ -105,30 +118,29 @@ def _advance(state: _State, x: torch.Tensor, log_this: bool) -> dict[str, float]
     sparsity, bandwidth = sparsity_at(config, state.step), bandwidth_at(config, state.step)
     out = trainee(x, bandwidth)
     terms = trainee.loss(x, out, sparsity, bandwidth, dead=state.silent >= config.dead_after)
-    state.optimizer.zero_grad()
     row = None
     diagnostics = trainee.diagnose(out, terms, bandwidth) if log_this and config.architecture == "jumprelu" else None
     sum(terms.values()).backward()
     with torch.no_grad():
-        fired = (out.acts > 0).any(0)
+        active = (out.acts > 0).float()
+        fired = out.layout.per_latent(active) > 0
         state.silent = (state.silent + len(x)) * ~fired
         if log_this:
             row = {
                 "step": state.step, "tokens": state.step * config.batch_size, "sparsity": sparsity, "bandwidth": bandwidth,
                 **{f"loss_{name}": term.item() for name, term in terms.items()},
-                "l0": (out.acts > 0).float().sum(-1).mean().item(),
+                "l0": active.sum().item() / len(x),
                 "fvu": ((x - out.x_hat).square().sum() / (x - x.mean(0)).square().sum()).item(),
                 "dead": (state.silent >= config.dead_after).float().mean().item(),
+                "computed": out.acts.numel() / len(x) / config.d_sae,
             }  # fmt: skip
             if diagnostics:
                 row |= diagnostics._asdict()
                 quantiles = torch.quantile(trainee.threshold, torch.tensor([0.05, 0.5, 0.95], device=x.device))
                 row |= dict(zip(("threshold_p05", "threshold_p50", "threshold_p95"), quantiles.tolist(), strict=True))
-    if config.unit_norm_atoms:
-        trainee.project_gradient()
-    for group in state.optimizer.param_groups:
-        group["lr"] = group["base_lr"] * lr_factor(config, state.step)
-    state.optimizer.step()
+    lr = config.lr * lr_factor(config, state.step)
+    multiples = {"threshold_parameter": config.threshold_lr}
+    state.optimizer.step({name: lr * multiples.get(name, 1.0) for name in state.optimizer.parameters})
     trainee.constrain()
     state.step += 1
     if state.step in {round(share * config.steps) for share in config.resample}:
@@ -138,20 +150,20 @@ def _advance(state: _State, x: torch.Tensor, log_this: bool) -> dict[str, float]
 
 def _resample(state: _State, x: torch.Tensor, bandwidth: float) -> None:
     replaced = state.trainee.resample(x, state.silent >= state.config.dead_after, bandwidth, state.generator)
-    for name, (_, moments) in state.named_moments().items():
-        for key in ("exp_avg", "exp_avg_sq"):  # a new latent starts with Adam's memory empty
+    for name, moments in state.optimizer.moments.items():
+        for moment in moments.values():  # a new latent starts with Adam's memory empty
             if name == "W_enc":
-                moments[key][:, replaced] = 0
+                moment[:, replaced] = 0
             elif name != "b_dec":
-                moments[key][replaced] = 0
+                moment[replaced] = 0
     state.silent[replaced] = 0
 
 
-def _check_finite(state: _State, row: dict[str, float] | None = None) -> None:
+def _check_finite(state: _State, title: str, row: dict[str, float] | None = None) -> None:
     """Raise FloatingPointError if a parameter or a logged number is not finite: such a state is never saved."""
     values = [torch.tensor(list(row.values()))] if row else list(state.trainee.parameters())
     if not all(torch.isfinite(value).all() for value in values):
-        raise FloatingPointError(f"training diverged before step {state.step}: {row or 'a weight is not finite'}. Lower lr (now "
+        raise FloatingPointError(f"{title} diverged before step {state.step}: {row or 'a weight is not finite'}. Lower lr (now "
                                  f"{state.config.lr}); a checkpoint from before it, if there is one, is kept")
 
 
@@ -159,6 +171,132 @@ def _saturated(log: list[dict[str, float]], config: TrainConfig) -> bool:
     """Has λ been driving θ alone, on the last ten logged steps at full λ?"""
     rows = [row for row in log if row["sparsity"] >= config.sparsity and row.get("sparsity_push", 0) > 0][-10:]
     return len(rows) == 10 and all(row["sparsity_push"] > SATURATED * row["reconstruction_push"] for row in rows)
+
+
+@dataclasses.dataclass
+class _Run:
+    """A run of a sweep: it has a state until it is finished, and then a result."""
+
+    config: TrainConfig
+    title: str
+    folder: Path | None
+    identity: str
+    log_every: int
+    state: _State | None = None
+    result: TrainResult | None = None
+    saved_at: float = 0.0
+    warned: bool = False
+
+    @property
+    def step(self) -> int:
+        return self.state.step if self.state else self.config.steps
+
+    @property
+    def checkpoint(self) -> Path | None:
+        return self.folder / "checkpoint.safetensors" if self.folder else None
+
+    def open(self, acts: Activations, device: torch.device, inputs: Callable[[], Inputs]) -> None:
+        """Read back a finished run, go on with an interrupted one, or begin."""
+        if self.folder and (self.folder / "run.json").exists():
+            if read_json(self.folder / "run.json")["identity"] != self.identity:
+                raise ValueError(f"{self.folder} holds a finished run with other activations or another configuration: choose "
+                                 "another folder, or delete that one. Nothing was overwritten")
+            self.result = TrainResult(load_sae(self.folder, device), pd.read_csv(self.folder / "log.csv"))
+        elif self.checkpoint and self.checkpoint.exists():
+            unknown = Inputs(float("nan"), torch.zeros(acts.d_in, device=device))  # the checkpoint has the numbers
+            self.state = _State(acts, self.config, device, unknown)
+            self.state.load(self.checkpoint, self.identity)
+        else:
+            self.state = _State(acts, self.config, device, inputs())
+        self.saved_at = time.monotonic()
+
+    def advance(self, x: torch.Tensor) -> dict[str, float] | None:
+        """One step on a raw batch; returns a log row at the steps that have one."""
+        last = self.config.steps - 1
+        row = _advance(self.state, x / self.state.input_scale, log_this=self.step % self.log_every == 0 or self.step == last)
+        if row:
+            _check_finite(self.state, self.title, row)
+            self.state.log.append(row)
+            if not self.warned and _saturated(self.state.log, self.config):
+                self.warned = True
+                warnings.warn(f"sparsity = {self.config.sparsity} is saturated: it pushes θ over {SATURATED:.0f} times as hard "
+                              "as reconstruction resists, so θ moves at its learning rate and a larger sparsity will hardly "
+                              "lower L0. Raise threshold_lr, threshold_init, bandwidth or steps instead", stacklevel=5)
+        return row
+
+    def save(self) -> None:
+        _check_finite(self.state, self.title)
+        self.state.save(self.checkpoint, self.identity)
+        self.saved_at = time.monotonic()
+
+    def finish(self, acts: Activations) -> None:
+        _check_finite(self.state, self.title)
+        sae = self.state.trainee.eval().fold(self.state.input_scale, acts.model_name, acts.site, acts.layer)
+        # a round trip through CSV, so that a finished run read back has the very same log
+        text = pd.DataFrame(self.state.log).to_csv(index=False)
+        if self.folder:
+            sae.save(self.folder)
+            write_text(self.folder / "log.csv", text)
+            write_json(self.folder / "run.json", {"identity": self.identity, "config": dataclasses.asdict(self.config)})
+            self.checkpoint.unlink(missing_ok=True)
+        self.state, self.result = None, TrainResult(sae, pd.read_csv(io.StringIO(text)))
+
+
+def _show(progress: tqdm, row: dict[str, float], batch_size: int, waiting: float) -> None:
+    loss, rate = sum(value for name, value in row.items() if name.startswith("loss_")), progress.format_dict["rate"] or 0
+    progress.set_postfix(loss=f"{loss:.4f}", L0=f"{row['l0']:.1f}", FVU=f"{row['fvu']:.3f}", dead=f"{row['dead']:.1%}",
+                         tokens_s=f"{rate * batch_size:.3g}", waiting=f"{waiting:.1%}")  # fmt: skip
+
+
+def _train_together(acts: Activations, runs: list[_Run], device: torch.device, checkpoint_seconds: float, progress: tqdm) -> None:
+    """Train runs that see the same batches, in one pass over them."""
+    config, first, began = runs[0].config, min(run.step for run in runs), time.monotonic()
+    most = max(1, min(BLOCK, BLOCK_BYTES // (4 * config.batch_size * acts.d_in)))
+    with closing(acts.batches(config.batch_size, seed=config.data_order, start=first)) as batches:
+        while active := [run for run in runs if run.state]:
+            wanted = min(most, max(run.config.steps for run in active) - first)
+            block = [next(batches).to(device) for _ in range(wanted)]
+            for run in active:
+                progress.set_description(run.title, refresh=False)
+                try:
+                    for x in block[run.step - first : run.config.steps - first]:  # a run that is ahead has seen some of them
+                        row = run.advance(x)
+                        progress.update()
+                        if row:
+                            _show(progress, row, config.batch_size, batches.waited / (time.monotonic() - began))
+                        if run.folder and time.monotonic() - run.saved_at > checkpoint_seconds:
+                            run.save()
+                    if run.step == run.config.steps:
+                        run.finish(acts)
+                except FloatingPointError:
+                    for other in active:
+                        if other is not run and other.folder and other.state and other.step:
+                            with suppress(FloatingPointError):  # of a second one that diverged
+                                other.save()
+                    raise
+            first += len(block)
+
+
+def _train_all(acts: Activations, configs: Sequence[TrainConfig], folders: Sequence[Path | None],
+               device: str | torch.device | None, checkpoint_seconds: float, log_rows: int) -> list[TrainResult]:
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    inputs = functools.cache(functools.partial(measure_inputs, acts, device))  # once for all, and only if a run begins
+    runs = []
+    for number, (config, folder) in enumerate(zip(configs, folders, strict=True), 1):
+        title = f"run {number} of {len(configs)}, " if len(configs) > 1 else "training "
+        identity = digest(acts.fingerprint, dataclasses.asdict(config), log_rows)
+        runs.append(_Run(config, title + config.architecture, folder, identity, max(1, config.steps // log_rows)))
+        runs[-1].open(acts, device, inputs)
+    groups: dict[tuple[int, int], list[_Run]] = {}
+    for run in runs:
+        if run.state:
+            groups.setdefault((run.config.batch_size, run.config.data_order), []).append(run)
+    if groups:
+        total, done = sum(config.steps for config in configs), sum(run.step for run in runs)
+        with tqdm(total=total, initial=done, unit="step", mininterval=1) as progress:
+            for group in groups.values():
+                _train_together(acts, group, device, checkpoint_seconds, progress)
+    return [run.result for run in runs]
 
 
 def train(acts: Activations, config: TrainConfig, out: str | Path | None = None, device: str | torch.device | None = None,
@@ -169,56 +307,36 @@ def train(acts: Activations, config: TrainConfig, out: str | Path | None = None,
     finished run is read back and an interrupted one goes on, bit for bit. Without it nothing is written.
     device: default is a GPU where there is one. log_rows: about this many rows in the log.
 
-    The log's columns: step, tokens, sparsity (λ), bandwidth (ε), loss_*, l0, fvu, dead (share), and for JumpReLU
-    those of :class:`jumprelu.architectures.StepDiagnostics` and quantiles of θ; all in normalised units.
+    The log's columns: step, tokens, sparsity (λ), bandwidth (ε), loss_*, l0, fvu, dead (share), computed (share of
+    pre-activations that the step went on with after the encoder), and for JumpReLU those of
+    :class:`jumprelu.architectures.StepDiagnostics` and quantiles of θ; all in normalised units. The progress bar also
+    shows the share of the time that was spent waiting for data.
 
     Raises ValueError if `out` holds another run, the checkpoint is damaged, or the activations are not finite
     (the reader names shard and row); FloatingPointError if loss or weights are not finite (the last checkpoint stays).
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    identity = digest(acts.fingerprint, dataclasses.asdict(config), log_rows)
-    folder = Path(out) if out is not None else None
-    if folder and (folder / "run.json").exists():
-        if read_json(folder / "run.json")["identity"] != identity:
-            raise ValueError(f"{folder} holds a finished run with other activations or another configuration: choose another "
-                             "folder, or delete that one. Nothing was overwritten")
-        return TrainResult(load_sae(folder, device), pd.read_csv(folder / "log.csv"))
-    state = _State(acts, config, device)
-    checkpoint = folder / "checkpoint.safetensors" if folder else None
-    if checkpoint and checkpoint.exists():
-        state.load(checkpoint, identity)
-    every = max(1, config.steps // log_rows)
-    batches = acts.batches(config.batch_size, seed=config.seed, start=state.step)
-    progress = tqdm(total=config.steps, initial=state.step, desc=f"training {config.architecture}", unit="step", mininterval=1)
-    saved_at = time.monotonic()
-    warned = False
-    while state.step < config.steps:
-        x = next(batches).to(device) / state.input_scale
-        row = _advance(state, x, log_this=state.step % every == 0 or state.step == config.steps - 1)
-        progress.update()
-        if row:
-            _check_finite(state, row)
-            state.log.append(row)
-            rate = progress.format_dict["rate"] or 0
-            progress.set_postfix(loss=f"{sum(v for k, v in row.items() if k.startswith('loss_')):.4f}", L0=f"{row['l0']:.1f}",
-                                 FVU=f"{row['fvu']:.3f}", dead=f"{row['dead']:.1%}", tokens_s=f"{rate * config.batch_size:.3g}")
-            if not warned and _saturated(state.log, config):
-                warned = True
-                warnings.warn(f"sparsity = {config.sparsity} is saturated: it pushes θ over {SATURATED:.0f} times as hard as "
-                              "reconstruction resists, so θ moves at its learning rate and a larger sparsity will hardly lower "
-                              "L0. Raise threshold_lr, threshold_init, bandwidth or steps instead", stacklevel=2)
-        if checkpoint and time.monotonic() - saved_at > checkpoint_seconds:
-            _check_finite(state)
-            state.save(checkpoint, identity)
-            saved_at = time.monotonic()
-    progress.close()
-    _check_finite(state)
-    sae = state.trainee.eval().fold(state.input_scale, acts.model_name, acts.site, acts.layer)
-    # a round trip through CSV, so that a finished run read back has the very same log
-    text = pd.DataFrame(state.log).to_csv(index=False)
-    if folder:
-        sae.save(folder)
-        write_text(folder / "log.csv", text)
-        write_json(folder / "run.json", {"identity": identity, "config": dataclasses.asdict(config)})
-        checkpoint.unlink(missing_ok=True)
-    return TrainResult(sae, pd.read_csv(io.StringIO(text)))
+    return _train_all(acts, [config], [Path(out) if out is not None else None], device, checkpoint_seconds, log_rows)[0]
+
+
+def train_many(acts: Activations, configs: Sequence[TrainConfig], out: str | Path | None = None,
+               device: str | torch.device | None = None, checkpoint_seconds: float = 60,
+               log_rows: int = 100) -> list[TrainResult]:
+    """Train an SAE for each of `configs`, in their order in the result; each is, bit for bit, that of :func:`train`.
+
+    Runs with the same `batch_size` and the same order of data (give all the same `data_seed`) are trained in one pass over
+    the data: each batch is read, and brought to the device, once. They may differ in everything else, `steps` included.
+    The weights, gradients and Adam's moments of all unfinished runs are in memory at once.
+
+    out: folder in which every run has a folder of its own, "architecture-digest of its configuration", as :func:`train` would
+    write it. Given again, finished runs are read back and interrupted ones go on, bit for bit, also when configurations were
+    added, left out or put into another order. Other arguments as for :func:`train`.
+
+    Raises what :func:`train` does, and ValueError if a configuration is there twice. If one run diverges, the error names it
+    and with `out` nothing is lost of the others: mend or leave out its configuration and call again.
+    """
+    names = [f"{config.architecture}-{digest(dataclasses.asdict(config))[:8]}" for config in configs]
+    for number, name in enumerate(names):
+        if names.index(name) < number:
+            raise ValueError(f"configs[{names.index(name)}] and configs[{number}] are the same: leave one out or change a seed")
+    folders = [Path(out) / name if out is not None else None for name in names]
+    return _train_all(acts, configs, folders, device, checkpoint_seconds, log_rows)

@@ -161,7 +161,7 @@ jr.save_figure(plots.shrinkage(shrunk), "02_shrinkage", shrunk)
 # and the run is sparser than its λ asks for, whatever the reason.
 
 # %%
-table = study.bandwidth_table(acts, lm, test_tokens, main, bandwidths, sparsities, seeds)
+table = study.bandwidth_table(acts, lm, test_tokens, main, runs, bandwidths, sparsities)
 jr.save_figure(plots.bandwidth_tradeoff(table), "02_bandwidth_tradeoff", table)
 
 # %% [markdown]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import time
 from itertools import islice
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jumprelu.activations import Activations, activations_from_tensor, open_activations
+from jumprelu.activations import Activations, _generator, activations_from_tensor, open_activations
 from jumprelu.files import read_json, sha256, write_json
 
 ROWS = 500
@@ -115,6 +118,93 @@ def test_impossible_batches_are_refused(acts, bad):
         next(acts.batches(**bad))
 
 
+# ---- the thread that reads ahead ------------------------------------------------------------------------------
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def readers() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("jumprelu-batches")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("d_in", [3, 2**15 + 5])  # a row wider than a piece
+def test_the_order_is_that_of_shuffling_a_bucket_in_memory(tmp_path, d_in, dtype):
+    """Checkpoints of earlier versions go on from this order: rows are drawn bucket by bucket, with a generator for each."""
+    acts = activations_from_tensor(torch.randn(60, d_in), tmp_path, shard_rows=7, dtype=dtype)
+    stored = {f"shard-{i:05d}.safetensors": shard.activations for i, shard in enumerate(acts.shards())}
+    expected = []
+    for epoch in range(3):
+        for number, names in enumerate(acts._buckets(5, epoch, 21)):
+            bucket = torch.cat([stored[name] for name in names])
+            expected.append(bucket[torch.randperm(len(bucket), generator=_generator(5, epoch, number))])
+    assert torch.equal(torch.cat(list(islice(acts.batches(4, seed=5, bucket_rows=21), 45))), torch.cat(expected))
+
+
+def test_the_next_bucket_is_read_meanwhile_and_no_more(acts):
+    batches = acts.batches(10, seed=0, bucket_rows=150)
+    plan = acts._buckets(0, 0, 150)
+    wait_until(lambda: acts._checked == set(plan[0]))  # before a batch is asked for
+    next(batches)
+    wait_until(lambda: acts._checked == {*plan[0], *plan[1]})
+    wait_until(lambda: all(job.done() for job in batches._ahead[2]))
+    time.sleep(0.05)
+    assert acts._checked == {*plan[0], *plan[1]}  # two buckets in memory, not a third
+
+
+def test_waiting_is_counted(acts, monkeypatch):
+    read = Activations._read
+    monkeypatch.setattr(Activations, "_read", lambda *a: (time.sleep(0.05), read(*a))[1])  # a slow disk
+    batches, began = acts.batches(ROWS, seed=0), time.monotonic()
+    next(batches)
+    assert 4 * 0.05 < batches.waited <= time.monotonic() - began  # 8 shards, some of which may have been read before
+
+
+@pytest.mark.parametrize("taken", [0, 1, 30])
+def test_the_thread_ends_with_the_stream(acts, taken):
+    before = readers()
+    batches = acts.batches(10, bucket_rows=70)
+    assert len(readers() - before) == 1 and len(list(islice(batches, taken))) == taken
+    batches.close()
+    assert readers() == before and list(batches) == []
+    abandoned = acts.batches(10, bucket_rows=70)
+    assert len(list(islice(abandoned, taken))) == taken
+    gc.disable()  # dropping the last reference is enough
+    try:
+        del abandoned
+        wait_until(lambda: readers() == before)
+    finally:
+        gc.enable()
+
+
+def test_closing_waits_for_one_shard_and_not_for_a_bucket(acts, monkeypatch):
+    read, begun, go = Activations._read, [], threading.Event()
+    monkeypatch.setattr(Activations, "_read", lambda self, name: (begun.append(name), go.wait(20), read(self, name))[2])
+    batches = acts.batches(10)
+    wait_until(lambda: begun)
+    threading.Timer(0.2, go.set).start()
+    batches.close()
+    assert go.is_set() and len(begun) == 1 < len(acts.index["shards"])
+
+
+def test_an_error_of_the_thread_comes_in_its_turn(acts):
+    """All batches before the damaged bucket are there; then the error, each time it is asked for."""
+    names = sum(acts._buckets(0, 0, 70), [])
+    before = sum(acts.index["shards"][name]["rows"] for name in names[:3])
+    (acts.folder / names[3]).unlink()
+    batches = acts.batches(10, seed=0, bucket_rows=70)
+    assert len(list(islice(batches, before // 10))) == before // 10
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{names[3]} is missing, truncated or altered"):
+            next(batches)
+    batches.close()
+
+
 # ---- damage ---------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +247,15 @@ def test_nan_in_a_shard_is_named_by_file_and_row(acts):
     write_json(acts.folder / "index.json", index)
     with pytest.raises(ValueError, match="shard-00001.safetensors holds NaN or infinity in 2 of 70 rows, first row 5"):
         list(open_activations(acts.folder).shards())
+    with pytest.raises(ValueError, match="shard-00001.safetensors holds NaN or infinity in 2 of 70 rows, first row 5"):
+        next(open_activations(acts.folder).batches(10))
+
+
+@pytest.mark.parametrize("dtype, largest", [("float32", 3e38), ("float16", 60_000.0)])
+def test_numbers_whose_sum_overflows_are_read(tmp_path, dtype, largest):
+    x = torch.full((40, 50), largest)
+    acts = activations_from_tensor(x, tmp_path, dtype=dtype)
+    assert torch.equal(next(acts.shards()).activations, x.to(getattr(torch, dtype)).float())
 
 
 def test_nan_is_not_stored(tmp_path):

@@ -50,8 +50,7 @@ def test_tanh_and_preactivation():
 def test_auxk_uses_dead_latents_only():
     W_dec = torch.eye(3)
     residual = torch.tensor([[1.0, 2.0, 3.0]])
-    pre = torch.tensor([[9.0, 1.5, 2.5]])
-    dead = torch.tensor([False, True, True])
+    pre = torch.tensor([[1.5, 2.5]])  # of the last two, which are dead
     # one dead latent, the larger, reconstructs (0, 0, 2.5)
-    assert losses.auxk(residual, pre, W_dec, dead, k=1).item() == pytest.approx(1 + 4 + 0.25)
-    assert losses.auxk(residual, pre, W_dec, torch.zeros(3, dtype=torch.bool), k=1).item() == 0.0
+    assert losses.auxk(residual, pre, W_dec[1:], k=1).item() == pytest.approx(1 + 4 + 0.25)
+    assert losses.auxk(residual, pre[:, :0], W_dec[:0], k=1).item() == 0.0

@@ -1,10 +1,13 @@
 """The inference form: shapes, TopK, precision of θ, files, and every architecture folded into it."""
 
+import copy
+
 import pytest
 import torch
 
 import jumprelu as jr
 from jumprelu.architectures import Trainee
+from jumprelu.losses import DENSE
 from jumprelu.recipe import SPARSITY_LOSSES, TrainConfig
 from jumprelu.sae import SAE, Origin, load_sae
 
@@ -91,16 +94,17 @@ def test_fold_equals_the_trainee(architecture):
     trainee = Trainee(8, config, g).double().eval()
     for parameter in trainee.parameters():  # away from the special point of initialisation
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=g, dtype=torch.float64)
-    trainee.constrain()
+    if config.unit_norm_atoms:
+        trainee.W_dec.data /= trainee.W_dec.data.norm(dim=-1, keepdim=True)
     x, scale = torch.randn(200, 8, generator=g, dtype=torch.float64), 37.0
     if architecture == "batchtopk":  # after training its threshold replaces the sort over the batch
         trainee.batch_threshold.fill_(0.5)
-        pre = trainee(x, 1.0).pre
+        pre = trainee(x, 1.0, DENSE).pre
         acts = pre * (pre > 0.5)
         expected = acts @ trainee.W_dec + trainee.b_dec
     else:
-        expected = trainee(x, bandwidth=1.0).x_hat
-        acts = trainee(x, bandwidth=1.0).acts
+        expected = trainee(x, 1.0, DENSE).x_hat
+        acts = trainee(x, 1.0, DENSE).acts
     sae = trainee.fold(scale).double()
     torch.testing.assert_close(sae(x * scale), expected * scale, rtol=1e-6, atol=1e-5)
     assert torch.equal(sae.encode(x * scale) > 0, acts > 0)
@@ -109,3 +113,35 @@ def test_fold_equals_the_trainee(architecture):
 
 def test_public_names():
     assert all(hasattr(jr, name) for name in jr.__all__)
+
+
+# ---- the sparse forms -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 99.0])
+def test_sparse_encoding_is_the_dense_one(k, threshold):
+    g = torch.Generator().manual_seed(0)
+    W_dec = torch.nn.functional.normalize(torch.randn(20, 6, generator=g), dim=-1)
+    b_enc, b_dec = torch.randn(20, generator=g) / 5, torch.randn(6, generator=g)
+    sae = SAE(W_dec.T.clone(), b_enc, W_dec, b_dec, torch.full((20,), threshold), k)
+    x = torch.randn(50, 6, generator=g)
+    dense, sparse = sae.encode(x), sae.encode(x, sparse=True)
+    assert sparse.is_sparse and sparse.is_coalesced() and sparse.shape == (50, 20) and not sparse.requires_grad
+    torch.testing.assert_close(sparse.to_dense(), dense, rtol=1e-5, atol=1e-6)
+    assert len(sparse.values()) == (dense > 0).sum() and (threshold == 99) == (len(sparse.values()) == 0)
+    torch.testing.assert_close(sae.decode(sparse), sae.decode(dense), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(sae(x.view(5, 10, 6)), sae.decode(dense).view(5, 10, 6), rtol=1e-5, atol=1e-5)
+        assert sae(x[:0]).shape == (0, 6)
+    half = copy.deepcopy(sae).to(torch.bfloat16)
+    torch.testing.assert_close(half.encode(x.bfloat16(), sparse=True).to_dense(), half.encode(x.bfloat16()))
+    with pytest.raises(ValueError, match=r"\[tokens, d_in\], got \(5, 10, 6\)"):
+        sae.encode(x.view(5, 10, 6), sparse=True)
+
+
+def test_gradients_pass_through_a_saved_form():
+    sae = SAE(torch.eye(3), torch.zeros(3), torch.eye(3), torch.zeros(3), torch.full((3,), 0.5))
+    x = torch.tensor([[1.0, 0.2, 2.0]], requires_grad=True)
+    sae(x).sum().backward()
+    assert x.grad.tolist() == [[1.0, 0.0, 1.0]]

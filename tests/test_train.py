@@ -1,22 +1,30 @@
 """Training: learns a planted dictionary, is a function of its inputs, survives SIGKILL bit for bit."""
 
 import dataclasses
+import functools
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 from safetensors import safe_open
+from tqdm import tqdm
 
-from jumprelu.activations import activations_from_tensor
+from jumprelu.activations import Activations, activations_from_tensor
 from jumprelu.architectures import Trainee
 from jumprelu.files import digest
+from jumprelu.losses import DENSE
 from jumprelu.recipe import SPARSITY_LOSSES, TrainConfig
 from jumprelu.sae import load_sae
-from jumprelu.train import _advance, _State, train
+from jumprelu.train import BLOCK, TrainResult, _advance, _State, train, train_many
+
+module = sys.modules["jumprelu.train"]  # `jumprelu.train` is the function
 
 
 def planted(n=20_000, d_in=16, features=24, seed=0):
@@ -69,17 +77,6 @@ def test_the_input_scale_does_not_matter(acts, tmp_path):
     torch.testing.assert_close(large.threshold, 10 * small.threshold, rtol=0.02, atol=0)
 
 
-def test_gradient_of_the_atoms_is_tangent():
-    trainee = Trainee(8, SMALL)
-    x = torch.randn(64, 8)
-    out = trainee(x, 0.1)
-    sum(trainee.loss(x, out, 1e-3, 0.1, torch.zeros(48, dtype=torch.bool)).values()).backward()
-    trainee.project_gradient()
-    parallel = (trainee.W_dec.grad * trainee.W_dec).sum(-1)
-    torch.testing.assert_close(parallel, torch.zeros(48), atol=1e-5, rtol=0)
-    assert trainee.W_dec.grad.abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("loss", SPARSITY_LOSSES["jumprelu"])
 def test_diagnostics_split_the_gradient_of_the_threshold(loss):
     """Against finite differences of nothing but the closed form: ∂/∂θ of each term by the chain rule, for every loss."""
@@ -87,7 +84,7 @@ def test_diagnostics_split_the_gradient_of_the_threshold(loss):
     config, epsilon, price = dataclasses.replace(SMALL, sparsity_loss=loss, l0_target=5.0), 0.3, 1e-2
     trainee = Trainee(16, config).double()
     x, dead = torch.randn(256, 16, dtype=torch.float64) / 4, torch.zeros(48, dtype=torch.bool)
-    out = trainee(x, epsilon)
+    out = trainee(x, epsilon, DENSE)
     seen = trainee.diagnose(out, trainee.loss(x, out, price, epsilon, dead), epsilon)
     theta, pre = trainee.threshold.detach(), out.pre.detach()
     K = ((pre - theta).abs() < epsilon / 2).double() / epsilon
@@ -122,10 +119,10 @@ def test_resampling_revives_dead_latents(acts, architecture):
     else:
         trainee.threshold_parameter.data[dead] = 5.0
     before = trainee.W_dec.detach().clone()
-    assert not (trainee(x, 0.1).acts[:, dead] > 0).any()
+    assert not (trainee(x, 0.1, DENSE).acts[:, dead] > 0).any()
     replaced = trainee.resample(x, dead, 0.1, state.generator)
     assert replaced.tolist() == [5, 6, 7, 8]
-    assert (trainee(x, 0.1).acts[:, dead] > 0).any(0).all()
+    assert (trainee(x, 0.1, DENSE).acts[:, dead] > 0).any(0).all()
     assert torch.equal(before[~dead], trainee.W_dec[~dead])
 
 
@@ -139,8 +136,9 @@ def test_resampling_while_training(acts):
 
 
 def test_saturated_sparsity_is_named(acts):
-    with pytest.warns(UserWarning, match="saturated"):
+    with pytest.warns(UserWarning, match="saturated") as warned:
         train(acts, dataclasses.replace(SMALL, steps=200, sparsity=100.0, sparsity_warmup=0.1), device="cpu")
+    assert [warning.filename for warning in warned] == [__file__]
 
 
 def test_out_folder(acts, tmp_path):
@@ -155,46 +153,69 @@ def test_out_folder(acts, tmp_path):
 
 
 RUN = """
-import importlib, sys, time, torch
+import importlib, os, sys, time, torch
 torch.set_num_threads(1)
 from jumprelu.activations import open_activations
 from jumprelu.recipe import TrainConfig
 module = importlib.import_module("jumprelu.train")  # `jumprelu.train` is the function
-acts, out, pause = open_activations(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-advance = module._advance
-module._advance = lambda *a, **k: (time.sleep(pause), advance(*a, **k))[1]  # time to be killed in; same arithmetic
-for architecture, resample in (("jumprelu", ()), ("gated", (0.4, 0.7)), ("batchtopk", ())):
-    config = TrainConfig(architecture=architecture, d_sae=48, steps=100, batch_size=128, k=3, dead_after=1000, sparsity=3e-3,
-                         resample=resample)
-    module.train(acts, config, out=f"{out}/{architecture}", device="cpu", checkpoint_seconds=0.0)
+advance, acts = module._advance, open_activations(sys.argv[1])
+
+def run(out, pause):
+    module._advance = lambda *a, **k: (time.sleep(pause), advance(*a, **k))[1]  # time to be killed in; same arithmetic
+    for architecture, resample in (("jumprelu", ()), ("gated", (0.4, 0.7)), ("batchtopk", ())):
+        config = TrainConfig(architecture=architecture, d_sae=48, steps=100, batch_size=128, k=3, dead_after=1000, sparsity=3e-3,
+                             resample=resample)
+        module.train(acts, config, out=f"{out}/{architecture}", device="cpu", checkpoint_seconds=0.0)
+    sweep = [TrainConfig(architecture=architecture, d_sae=48, steps=steps, batch_size=128, k=3, seed=steps, data_seed=0)
+             for architecture, steps in (("jumprelu", 90), ("batchtopk", 20), ("gated", 70))]
+    module.train_many(acts, sweep, out=f"{out}/many", device="cpu", checkpoint_seconds=0.0)
+
+for line in sys.stdin:  # importing takes seconds, so each order is carried out by a fork of this process
+    out, pause = line.split()
+    child = os.fork()
+    if child == 0:
+        run(out, float(pause))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
 def test_killed_and_resumed_ends_in_the_same_bits(acts, tmp_path):
-    """Real processes, killed while each of three architectures trains, at different steps."""
+    """Real processes, killed while each of three architectures trains, at different steps, and in a sweep of three."""
+    server = subprocess.Popen([sys.executable, "-c", RUN, str(acts.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+    with server:
 
-    def start(out, pause=0.0):
-        return subprocess.Popen([sys.executable, "-c", RUN, str(acts.folder), str(tmp_path / out), str(pause)],
-                                stderr=subprocess.DEVNULL)  # fmt: skip
+        def start(out, pause=0.0):
+            server.stdin.write(f"{tmp_path / out} {pause}\n")
+            server.stdin.flush()
+            return int(server.stdout.readline())
 
-    assert start("whole").wait() == 0
-    steps = []
-    for architecture, after in (("jumprelu", 0.2), ("jumprelu", 0.4), ("gated", 0.5), ("batchtopk", 0.3)):
-        checkpoint = tmp_path / "killed" / architecture / "checkpoint.safetensors"
-        process, deadline = start("killed", pause=0.02), time.monotonic() + 120
-        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(after)
-        assert process.poll() is None, "the run was over before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if checkpoint.exists():
-            with safe_open(checkpoint, "pt") as f:
-                steps.append(json.loads(f.metadata()["state"])["step"])
-    assert len([step for step in steps if 0 < step < 100]) >= 3
-    assert start("killed").wait() == 0
+        def ended():
+            return int(server.stdout.readline())
+
+        start("whole")
+        assert ended() == 0
+        steps = []
+        for run, after in (("jumprelu", 0.2), ("jumprelu", 0.4), ("gated", 0.5), ("batchtopk", 0.3),
+                           ("many/jumprelu-*", 0.3), ("many/gated-*", 0.3)):  # fmt: skip
+            checkpoints = functools.partial((tmp_path / "killed").glob, f"{run}/checkpoint.safetensors")
+            process, deadline = start("killed", pause=0.02), time.monotonic() + 120
+            while not any(checkpoints()) and time.monotonic() < deadline:
+                time.sleep(0.005)
+            time.sleep(after)
+            os.kill(process, signal.SIGKILL)
+            assert ended() == -signal.SIGKILL, "the run was over before it could be killed"
+            for checkpoint in checkpoints():
+                with safe_open(checkpoint, "pt") as f:
+                    steps.append(json.loads(f.metadata()["state"])["step"])
+        assert len([step for step in steps if 0 < step < 100]) >= 5
+        start("killed")
+        assert ended() == 0
+        server.stdin.close()
     files = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file())
-    assert len(files) == 3 * 4
+    assert len(files) == 6 * 4
     for file in files:  # weights, configuration, log
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
@@ -217,9 +238,6 @@ def test_a_checkpoint_of_any_step_is_gone_on_from(acts, tmp_path, architecture, 
 def test_damaged_and_foreign_checkpoints(acts, tmp_path):
     state = _State(acts, SMALL, torch.device("cpu"))
     checkpoint = tmp_path / "checkpoint.safetensors"
-    for parameter in state.trainee.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    state.optimizer.step()
     state.save(checkpoint, "another identity")
     with pytest.raises(ValueError, match="belongs to a run with other activations"):
         train(acts, SMALL, out=tmp_path, device="cpu")
@@ -237,3 +255,140 @@ def test_divergence_is_an_error_and_never_saved(acts, tmp_path):
     if (tmp_path / "checkpoint.safetensors").exists():  # of a step at which all was well
         with safe_open(tmp_path / "checkpoint.safetensors", "pt") as f:
             assert all(torch.isfinite(f.get_tensor(name)).all() for name in f.keys() if name.startswith("trainee."))  # noqa: SIM118
+
+
+# ---- several runs ---------------------------------------------------------------------------------------------
+
+SWEEP = [dataclasses.replace(SMALL, data_seed=7, **changes) for changes in (
+    {"steps": 100, "seed": 1},
+    {"steps": 40, "architecture": "gated", "resample": (0.5,), "d_sae": 40},
+    {"steps": 77, "seed": 2, "sparsity": 1e-2, "bandwidth_end": 0.03},
+    {"steps": 20, "architecture": "batchtopk", "seed": 3},
+    {"steps": 33, "architecture": "topk", "batch_size": 64},
+)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(acts) -> list[TrainResult]:
+    """Each run of the sweep trained by itself."""
+    return [train(acts, config, device="cpu") for config in SWEEP]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The calls of the reader, which are made all the same."""
+    made = []
+
+    def watch(name):
+        method = getattr(Activations, name)
+        monkeypatch.setattr(Activations, name, lambda *a, **k: (made.append(name), method(*a, **k))[1])
+
+    watch("rows")
+    watch("batches")
+    return made
+
+
+def assert_same(results, expected):
+    assert len(results) == len(expected)
+    for result, other in zip(results, expected, strict=True):
+        assert result.sae.fingerprint == other.sae.fingerprint and result.log.equals(other.log)
+
+
+def test_runs_together_have_the_bits_of_runs_alone(acts, alone, calls):
+    assert max(config.steps for config in SWEEP) > 2 * BLOCK  # several turns each
+    assert_same(train_many(acts, SWEEP, device="cpu"), alone)
+    assert calls == ["rows", "batches", "batches"]  # two batch sizes, two passes
+    assert train_many(acts, [], device="cpu") == []
+
+
+def test_blocks_of_any_size_give_the_same_bits(acts, alone, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_BYTES", 1)  # less than a batch
+    assert_same(train_many(acts, SWEEP, device="cpu"), alone)
+
+
+def test_the_order_of_the_data_has_a_seed_of_its_own(acts):
+    one, other = dataclasses.replace(SMALL, seed=1), dataclasses.replace(SMALL, seed=1, data_seed=0)
+    states = [_State(acts, config, torch.device("cpu")) for config in (one, other)]
+    assert torch.equal(states[0].trainee.W_dec, states[1].trainee.W_dec)
+    short = dataclasses.replace(SMALL, steps=5)
+    trained = [train(acts, dataclasses.replace(short, data_seed=seed), device="cpu") for seed in (None, 0, 1)]
+    assert torch.equal(trained[0].sae.W_enc, trained[1].sae.W_enc) and trained[0].log.equals(trained[1].log)
+    assert not torch.equal(trained[0].sae.W_enc, trained[2].sae.W_enc)
+
+
+def interrupted(monkeypatch, after, *args, **kwargs):
+    """train_many, stopped from outside after so many steps of all runs."""
+    left = iter(range(after))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_advance", lambda *a, **k: _advance(*a, **k) if next(left, None) is not None else stop())
+        train_many(*args, **kwargs)
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+def checkpoints(folder):
+    """Steps of the checkpoints in the sub-folders."""
+    found = []
+    for path in folder.glob("*/checkpoint.safetensors"):
+        with safe_open(path, "pt") as f:
+            found.append(json.loads(f.metadata()["state"])["step"])
+    return sorted(found)
+
+
+def test_a_sweep_goes_on_from_runs_at_different_steps(acts, alone, calls, monkeypatch, tmp_path):
+    options = {"out": tmp_path, "device": "cpu", "checkpoint_seconds": 0.0}
+    interrupted(monkeypatch, 95, acts, SWEEP[:1], **options)  # further than most of the others go
+    interrupted(monkeypatch, 32, acts, SWEEP[1:3], **options)  # now stopped at the first step of the second
+    assert checkpoints(tmp_path) == [32, 95]
+    interrupted(monkeypatch, 8 + 32 + 20 + 32, acts, SWEEP[:4][::-1], **options)  # in another order, with a new one
+    assert checkpoints(tmp_path) == [64, 95] and len(list(tmp_path.glob("*/run.json"))) == 2
+    calls.clear()
+    assert_same(train_many(acts, SWEEP[:4], **options), alone[:4])
+    assert calls == ["batches"]  # the sample that gives the scale is not read again
+    assert_same(train_many(acts, SWEEP, **options), alone)
+    assert calls == ["batches", "rows", "batches"] and checkpoints(tmp_path) == []
+    names = [path.name for path in tmp_path.iterdir()]
+    assert sorted(name.split("-")[0] for name in names) == ["batchtopk", "gated", "jumprelu", "jumprelu", "topk"]
+    assert train(acts, SWEEP[1], out=next(tmp_path.glob("gated-*"))).log.equals(alone[1].log)  # the very same run
+
+
+def test_a_sweep_never_overwrites_another(acts, tmp_path):
+    short = [dataclasses.replace(SMALL, steps=3, seed=seed) for seed in (0, 1)]
+    train_many(acts, short, out=tmp_path, device="cpu")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="holds a finished run with other activations or another configuration"):
+        train_many(activations_from_tensor(planted(seed=1)[0], tmp_path / "other acts"), short, out=tmp_path, device="cpu")
+    train_many(acts, [short[1], dataclasses.replace(short[0], lr=1e-3)], out=tmp_path, device="cpu")
+    assert {path: path.read_bytes() for path in before} == before
+    with pytest.raises(ValueError, match=r"configs\[0\] and configs\[2\] are the same"):
+        train_many(acts, [short[0], short[1], short[0]], device="cpu")
+
+
+def test_one_that_diverges_is_named_and_costs_the_others_nothing(acts, alone, tmp_path):
+    diverging = dataclasses.replace(SWEEP[0], architecture="relu", lr=1e30, unit_norm=False)
+    with pytest.raises(FloatingPointError, match=r"run 2 of 3, relu diverged before step \d+: .*Lower lr \(now 1e\+30\)"):
+        train_many(acts, [SWEEP[0], diverging, SWEEP[2]], out=tmp_path, device="cpu")
+    assert checkpoints(tmp_path) == [BLOCK]  # of the first run's first turn
+    assert_same(train_many(acts, [SWEEP[0], SWEEP[2]], out=tmp_path, device="cpu"), [alone[0], alone[2]])
+
+
+def test_the_progress_bar_says_which_run_is_at_work(acts, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(module, "tqdm", lambda **options: tqdm(file=shown, disable=False, ncols=300, **options))
+    train_many(acts, SWEEP[:2], device="cpu")
+    last = shown.getvalue().split("\r")[-1]
+    assert "run 1 of 2, jumprelu: " in shown.getvalue() and "run 2 of 2, gated: " in shown.getvalue()
+    assert "140/140" in last and all(f"{name}=" in last for name in ("L0", "FVU", "dead", "tokens_s", "waiting"))
+    train(acts, SWEEP[3], device="cpu")
+    assert "training batchtopk: 100%" in shown.getvalue().split("\r")[-1]
+
+
+def test_no_thread_is_left(acts, tmp_path):
+    before = threading.enumerate()
+    train(acts, dataclasses.replace(SMALL, steps=3), device="cpu")
+    assert threading.enumerate() == before
+    with pytest.raises(FloatingPointError):
+        train(acts, dataclasses.replace(SMALL, architecture="relu", lr=1e30, unit_norm=False), device="cpu")
+    assert threading.enumerate() == before

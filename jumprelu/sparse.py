@@ -1,0 +1,296 @@
+"""Exact sparse encoding and decoding: after the encoder's matmul, only entries that matter are computed.
+
+Of the [batch, d_sae] pre-activations, the loss and its gradient depend on a set S alone: entries that are active, or within
+the straight-through window of their threshold. A dense step costs 10·d_in·d_sae FLOPs a token (2 to encode, 2 to
+decode, 6 for the gradients); on S it costs 2·d_in·d_sae + 8·d_in·|S|, and the gradients are the same ones.
+
+Notable here:
+- two layouts with the same five methods, :class:`Dense` (plain autograd, the reference) and :class:`Support`, so that
+  architectures and losses are written once.
+- an inactive latent inside the window needs a gradient for θ: it is in S, though it decodes to nothing.
+- the gradient of x is never formed: nothing before an SAE is trained.
+- :func:`screen` may look for S in bfloat16. It lowers the bar by what rounding can hide, and computes what it found
+  again in float32: S can only be larger than needed, and no value comes from bfloat16.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse
+import torch
+
+CHUNK = 2**21
+"""Pre-activations in memory at a time: few enough for a cache, many enough for a matmul at full speed."""
+
+DENSE_ABOVE = 0.15
+"""Share of entries in S above which the dense step is the faster one."""
+
+BF16_BELOW = 0.03
+"""Share of entries up to which looking in bfloat16 is worth computing what was found once more; both measured in notebook 03."""
+
+
+class Dense:
+    """Every entry of [batch, d_sae]: entries are a matrix, gradients come from torch's autograd."""
+
+    def encode(self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, b_dec: torch.Tensor) -> torch.Tensor:
+        """π = (x − b_dec) W_enc + b_enc, written so that no gradient of x's shape is formed."""
+        return x @ W_enc + (b_enc - b_dec @ W_enc)
+
+    def decode(self, entries: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:
+        """entries · W_dec, [batch, d_in]."""
+        return entries @ W_dec
+
+    def at(self, latents: torch.Tensor) -> torch.Tensor:
+        """What belongs to latents, [d_sae], where it meets entries."""
+        return latents
+
+    def per_token(self, entries: torch.Tensor) -> torch.Tensor:
+        """Sums over latents, [batch]."""
+        return entries.sum(-1)
+
+    def per_latent(self, entries: torch.Tensor) -> torch.Tensor:
+        """Means over tokens, [d_sae]."""
+        return entries.mean(0)
+
+
+class ByToken(NamedTuple):
+    """A support's entries in the order of tokens."""
+
+    order: torch.Tensor
+    """Their positions in the order of latents: int32 [n]."""
+    start: torch.Tensor
+    """Where each token's entries begin, and the end of the last: int32 [batch + 1]."""
+    latent: torch.Tensor
+    """Latent of each: int32 [n]."""
+
+
+class Support:
+    """Some entries of [batch, d_sae]: a vector of n of them, latent by latent; what is not in it counts as zero.
+
+    start: int32 [d_sae + 1], where each latent's entries begin, and the end; token: int32 [n]; shape: (batch, d_sae).
+    pre: the pre-activations there, [n], if they are known.
+    """
+
+    def __init__(self, start: torch.Tensor, token: torch.Tensor, shape: tuple[int, int], pre: torch.Tensor | None = None):
+        self.start, self.token, self.shape, self.pre = start, token, shape, pre
+        self._narrowed: tuple[torch.Tensor, torch.Tensor, Support] | None = None
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+    @cached_property
+    def latent(self) -> torch.Tensor:
+        """Latent of each entry, int32 [n]."""
+        return torch.arange(self.shape[1], dtype=torch.int32).repeat_interleave(self.start.diff(), output_size=len(self))
+
+    @cached_property
+    def by_token(self) -> ByToken:
+        return ByToken(*_transposed(self.start, self.token, self.shape[::-1]))
+
+    def take(self, index: torch.Tensor) -> Support:
+        """The support of some of the entries: those at `index`, int64, ascending."""
+        start = torch.searchsorted(index, self.start, out_int32=True)
+        pre = None if self.pre is None else self.pre.index_select(0, index)
+        return Support(start, self.token.index_select(0, index), self.shape, pre)
+
+    def nonzero(self, entries: torch.Tensor) -> tuple[Support, torch.Tensor]:
+        """The support and the values of those `entries` that are not zero; all of them if hardly any is zero."""
+        kept = entries != 0
+        if kept.sum() > 0.75 * len(self):
+            return self, entries
+        if self._narrowed is None or not torch.equal(kept, self._narrowed[0]):
+            index = kept.nonzero().squeeze(-1)
+            self._narrowed = kept, index, self.take(index)
+        _, index, support = self._narrowed
+        return support, entries.index_select(0, index)
+
+    def encode(self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, b_dec: torch.Tensor) -> torch.Tensor:
+        """π at the entries, [n]; as :meth:`Dense.encode`."""
+        return _Encode.apply(x, W_enc, b_enc, b_dec, self)
+
+    def decode(self, entries: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:
+        return _Decode.apply(entries, W_dec, self)
+
+    def at(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.index_select(0, self.latent)
+
+    def per_token(self, entries: torch.Tensor) -> torch.Tensor:
+        return entries.new_zeros(self.shape[0]).index_add(0, self.token, entries)
+
+    def per_latent(self, entries: torch.Tensor) -> torch.Tensor:
+        return entries.new_zeros(self.shape[1]).index_add(0, self.latent, entries) / self.shape[0]
+
+
+def _transposed(start: torch.Tensor, column: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    """(order, start, row) of a matrix's entries in the order of its columns, all int32."""
+    positions = np.arange(len(column), dtype=np.int32)
+    rows = scipy.sparse.csr_array((positions, column.numpy(), start.numpy()), shape=shape)
+    columns = rows.tocsc()  # a counting sort: several times as fast as sorting
+    return tuple(torch.from_numpy(array).int() for array in (columns.data, columns.indptr, columns.indices))
+
+
+# ---- three kernels --------------------------------------------------------------------------------------------
+
+
+def dots(support: Support, rows: torch.Tensor, atoms: torch.Tensor) -> torch.Tensor:
+    """⟨rows[token], atoms[latent]⟩ at each entry, [n]; rows: [batch, d_in]; atoms: [d_sae, d_in]."""
+    if len(support) == 0:
+        return rows.new_zeros(0)
+    # what torch calls the gradient of an embedding bag with respect to the weights of its samples
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        atoms, rows, support.token, support.start[:-1], support.latent, 0)  # fmt: skip
+
+
+def token_sums(support: Support, entries: torch.Tensor, atoms: torch.Tensor) -> torch.Tensor:
+    """Σ over each token's entries of entry · atoms[latent], [batch, d_in]."""
+    order, start, latent = support.by_token
+    return torch.nn.functional.embedding_bag(latent, atoms, start, mode="sum", include_last_offset=True,
+                                             per_sample_weights=entries.index_select(0, order))  # fmt: skip
+
+
+def latent_sums(support: Support, entries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Σ over each latent's entries of entry · rows[token], [d_sae, d_in]."""
+    return torch.nn.functional.embedding_bag(support.token, rows, support.start, mode="sum", include_last_offset=True,
+                                             per_sample_weights=entries)  # fmt: skip
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, b_dec, support):
+        centred = x - b_dec
+        ctx.support = support
+        ctx.save_for_backward(centred, W_enc)
+        return support.pre if support.pre is not None else dots(support, centred, W_enc.T) + support.at(b_enc)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        centred, W_enc = ctx.saved_tensors
+        support, gradient = ctx.support.nonzero(gradient)
+        to_bias = support.per_latent(gradient) * support.shape[0]
+        return None, latent_sums(support, gradient, centred).T, to_bias, -(W_enc @ to_bias), None
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, entries, W_dec, support):
+        ctx.support = support
+        ctx.save_for_backward(entries, W_dec)
+        support, entries = support.nonzero(entries)
+        return token_sums(support, entries, W_dec)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        entries, W_dec = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        to_entries = dots(ctx.support, gradient, W_dec) if ctx.needs_input_grad[0] else None
+        to_atoms = None
+        if ctx.needs_input_grad[1]:
+            support, entries = ctx.support.nonzero(entries)
+            to_atoms = latent_sums(support, entries, gradient)
+        return to_entries, to_atoms, None
+
+
+# ---- finding S ------------------------------------------------------------------------------------------------
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where the CPU multiplies it faster than float32 (AMX or AVX512-BF16), else float32."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.bfloat16 if known.get("amx_bf16") or known.get("avx512_bf16") else torch.float32
+
+
+@torch.no_grad()
+def screen(x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, low: torch.Tensor, dtype: torch.dtype = torch.float32,
+           limit: float = 1.0) -> Support | None:
+    """The support of entries with π = x W_enc + b_enc > low, and π there; None if it would hold more than `limit` of all.
+
+    x: [batch, d_in], centred; W_enc: [d_in, d_sae]; b_enc, low: [d_sae]. dtype: of the search. Neither the support nor π
+    depend on it, but for float32's own rounding.
+    """
+    batch, d_sae = len(x), W_enc.shape[1]
+    if dtype == torch.bfloat16:
+        # one column more adds what rounding can hide, another b_enc − low, both rounded up, so that π > low ⇒ entry > 0:
+        # |xw − x̃w̃| ≤ (‖x − x̃‖ + 2⁻⁸‖x̃‖)‖w‖. The sign of a bfloat16 is that of its bits read as an integer
+        rounded = x.to(dtype).float()
+        slack = (x - rounded).norm(dim=-1, keepdim=True) + 2.0**-8 * rounded.norm(dim=-1, keepdim=True)
+        offset = (b_enc - low).unsqueeze(-1)
+        rows = _bf16(x, slack * 1.01, torch.ones_like(slack))
+        atoms = _bf16(W_enc.T, W_enc.norm(dim=0).unsqueeze(-1) * 1.01, offset + offset.abs() * 2.0**-7)
+    else:
+        rows, atoms, bar = x, W_enc.T, (low - b_enc).unsqueeze(-1)  # π > low  ⇔  x W_enc > low − b_enc
+    tokens, products, ends, total = [], [], [torch.zeros(1, dtype=torch.int32)], 0
+    for first, chunk, over in _chunks(d_sae, batch, rows.dtype):  # [some latents, batch]
+        torch.mm(atoms[first : first + len(chunk)], rows.T, out=chunk)
+        if dtype == torch.bfloat16:
+            torch.gt(chunk.view(torch.int16), 0, out=over)
+        else:
+            torch.gt(chunk, bar[first : first + len(chunk)], out=over)
+        flat = _positions(over)
+        ends.append(torch.searchsorted(flat, torch.arange(1, len(chunk) + 1) * batch, out_int32=True) + total)
+        total += len(flat)
+        if total > limit * batch * d_sae:
+            return None
+        tokens.append((flat % batch).int())
+        if dtype != torch.bfloat16:
+            products.append(chunk.view(-1).index_select(0, flat))
+    support = Support(torch.cat(ends), torch.cat(tokens), (batch, d_sae))
+    if dtype == torch.bfloat16:
+        support.pre = dots(support, x, W_enc.T) + support.at(b_enc)
+        return support.take((support.pre > support.at(low)).nonzero().squeeze(-1))
+    support.pre = torch.cat(products) + support.at(b_enc)
+    return support
+
+
+@torch.no_grad()
+def largest(x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int) -> Support:
+    """The support of each token's `k` largest pre-activations, and π there; arguments as for :func:`screen`."""
+    batch, d_sae = len(x), W_enc.shape[1]
+    values, latents = [], []
+    for first, chunk, _ in _chunks(batch, d_sae, x.dtype):  # [some tokens, d_sae]
+        top = torch.addmm(b_enc, x[first : first + len(chunk)], W_enc, out=chunk).topk(k, sorted=False)
+        values.append(top.values.flatten()), latents.append(top.indices.flatten().int())
+    each = torch.arange(0, batch * k + 1, k, dtype=torch.int32)
+    order, start, token = _transposed(each, torch.cat(latents), (batch, d_sae))
+    return Support(start, token, (batch, d_sae), torch.cat(values).index_select(0, order))
+
+
+def _bf16(matrix: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
+    """`matrix` with more columns, each [rows, 1], in bfloat16."""
+    width = matrix.shape[1]
+    out = torch.empty(len(matrix), width + len(columns), dtype=torch.bfloat16)
+    out[:, :width] = matrix
+    out[:, width:] = torch.cat(columns, -1)
+    return out
+
+
+_memory = threading.local()
+
+
+def _chunks(rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """A matrix of [rows, columns] by blocks of rows: (first row, room for the block, room for a mask of it).
+
+    It is always the same memory. To ask for new memory can cost more than the matmul that fills it: the system clears
+    every page at its first use.
+    """
+    size = min(rows, max(1, CHUNK // max(1, columns)))
+    if getattr(_memory, "key", None) != (size, columns, dtype):
+        _memory.chunk, _memory.mask = torch.empty(size, columns, dtype=dtype), torch.empty(size, columns, dtype=torch.bool)
+        _memory.key = size, columns, dtype
+    for first in range(0, rows, size):
+        yield first, _memory.chunk[: rows - first], _memory.mask[: rows - first]
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Where the flattened `mask` is true, in order, int64: as `nonzero`, but looking at eight at a time first."""
+    flat = mask.view(-1)
+    if len(flat) % 8:
+        return flat.nonzero().squeeze(-1)
+    words = flat.view(torch.int64)
+    word = words.nonzero().squeeze(-1)
+    within = words[word].view(torch.bool).nonzero().squeeze(-1)
+    return (word.index_select(0, within >> 3) << 3) + (within & 7)
