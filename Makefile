@@ -11,10 +11,13 @@ PIP_ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed-from
+# For `make benchmark`: an environment of its own, and what to hand to jumprelu.benchmark.
+PEERS := .venv-peers
+ARGS ?=
 # Tests marked `network` run where CI is set.
 MARKED := $(if $(CI),,-m "not network")
 
-.PHONY: help setup reproduce test lm lock lab clean
+.PHONY: help setup reproduce test lm benchmark lock lab clean
 
 help: ## list the targets (default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -49,6 +52,15 @@ test: setup ## lint, unit tests with coverage, then every committed notebook und
 
 lm: setup ## train the embedded language model from scratch (about an hour on 2 cores)
 	$(RUN) -m jumprelu.train_lm
+
+benchmark: ## speed and quality beside other SAE libraries, installed into an environment of their own (ARGS="--help")
+	@$(MAKE) --no-print-directory setup VENV=$(PEERS)
+	@cmp -s requirements-peers.lock $(PEERS)/peers-installed-from || { echo "installing requirements-peers.lock into $(PEERS)"; \
+		$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS) --no-deps -r requirements-peers.lock \
+		&& cp requirements-peers.lock $(PEERS)/peers-installed-from; }
+	@# The table is only as good as the adapters.
+	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -p no:cacheprovider -k adapter tests/test_benchmark.py
+	@$(PEERS)/bin/python -m jumprelu.benchmark $(ARGS)
 
 lab: setup ## open the notebooks in JupyterLab
 	cd notebooks && ../$(RUN) -m jupyterlab

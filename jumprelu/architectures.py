@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from . import losses, sparse
-from .estimators import REACH, jump_relu, kernel, step
+from .estimators import REACH, jump_relu, step
 from .losses import DENSE, Layout
 from .recipe import TrainConfig
 from .sae import SAE, Origin
@@ -90,7 +90,7 @@ class Trainee(torch.nn.Module):
             return sparse.largest(centred, self.W_enc, self.b_enc, c.k) if few else DENSE
         if c.architecture == "jumprelu" or c.loss == "l0":
             reach = REACH[c.kernel] * bandwidth
-            low = self.threshold - reach - 1e-6 * (self.threshold + reach)  # rounding must not lose the border
+            low = self.threshold - reach - 1e-6 * (self.threshold + reach + self.b_enc.abs())  # rounding must not lose the border
         if c.architecture == "batchtopk":
             low += 0.8 * self.batch_threshold
         found = self._screened(centred, low)
@@ -126,8 +126,9 @@ class Trainee(torch.nn.Module):
                 acts = pre.relu()
             case "batchtopk":
                 positive = pre.relu()
-                kept = min(c.k * len(x), positive.numel())
-                smallest = positive.flatten().topk(kept, sorted=False).values.min()
+                kept, smallest = c.k * len(x), positive.new_zeros(())
+                if positive.numel() >= kept:
+                    smallest = positive.flatten().topk(kept, sorted=False).values.min()
                 acts = positive * (positive >= smallest)
                 if self.training:
                     with torch.no_grad():
@@ -180,7 +181,7 @@ class Trainee(torch.nn.Module):
         """See :class:`StepDiagnostics`; `terms` as :meth:`loss` returned them, before their backward pass."""
         with torch.no_grad():
             theta = self.threshold
-            reached = (kernel((out.pre - out.threshold) / bandwidth, self.config.kernel) > 0).float()
+            reached = ((out.pre - out.threshold).abs() < REACH[self.config.kernel] * bandwidth).float()
             reached = out.layout.per_latent(reached)  # share of the batch, [d_sae]
             travel = (theta.clamp_min(1e-12).log() - torch.tensor(self.config.threshold_init).log()).abs().mean()
             to_theta = 1 / theta if self.config.log_threshold else torch.ones_like(theta)  # ∂/∂θ from ∂/∂log θ

@@ -21,7 +21,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .cache import closure_hash
-from .files import digest, write_json, write_text, writing
+from .files import digest, read_json, write_json, write_text, writing
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 """For curves of few points: one marker a curve, beside the colour and the line style that the style sheet gives."""
@@ -34,10 +34,24 @@ def use_style() -> None:
 
 def figures_folder() -> Path:
     """`$JUMPRELU_FIGURES`, or `figures` in a checkout, or `figures` in the current folder."""
-    if "JUMPRELU_FIGURES" in os.environ:
-        return Path(os.environ["JUMPRELU_FIGURES"])
+    return Path(os.environ["JUMPRELU_FIGURES"]) if "JUMPRELU_FIGURES" in os.environ else measured_folder()
+
+
+def measured_folder() -> Path:
+    """`figures` in a checkout, or in the current folder: where `make benchmark` leaves what it measured."""
     checkout = Path(__file__).resolve().parent.parent
     return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "figures"
+
+
+def read_measured(name: str) -> pd.DataFrame | dict[str, Any]:
+    """A table ("….csv") or facts ("….json") of `make benchmark`; FileNotFoundError if it has not run.
+
+    Notebooks name what they read here in so many words: it is part of what they depend on (`reproduce.py`).
+    """
+    path = measured_folder() / name
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: `make benchmark` makes it")
+    return read_json(path) if path.suffix == ".json" else pd.read_csv(path)
 
 
 def _csv(data: pd.DataFrame) -> str:

@@ -1,8 +1,8 @@
 """Adam as SAEs need it: no first moment where β₁ = 0, and atoms kept at norm 1 in the same pass over memory.
 
 Notable here:
-- at β₁ = 0 the first moment *is* the gradient, so the gradient's own memory stands in for it: half of the state is gone,
-  the update is that of `torch.optim.Adam`, bit for bit.
+- at β₁ = 0 the first moment *is* the gradient, so the gradient's own memory stands in for it: half of the state is gone, and
+  the update is that of `torch.optim.Adam(fused=True)`, bit for bit.
 - a matrix is taken a block of rows at a time, small enough for a cache: projection of the gradient, Adam and
   renormalisation of the atoms are done before the next block is fetched.
 """
@@ -40,17 +40,18 @@ class Adam:
                 continue
             moments = self.moments[name]
             tensors = [parameter, gradient, moments["exp_avg_sq"], moments.get("exp_avg", gradient)]
-            if parameter.ndim == 2 and parameter.stride(0) == 1:  # W_enc: in memory it is latent by latent
+            if parameter.ndim == 2 and parameter.stride(0) < parameter.stride(1):  # W_enc: in memory it is latent by latent
                 tensors = [tensor.T for tensor in tensors]
-            rows = max(1, BLOCK // tensors[0][0].numel())
+            on_cpu = parameter.device.type == "cpu"
+            rows = max(1, BLOCK // tensors[0][0].numel()) if on_cpu else len(tensors[0])
+            step = torch.tensor(float(self.steps), device=parameter.device)
             for block in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
-                self._update(*block, lr[name], name in self.unit_norm)
+                self._update(*block, step, lr[name], name in self.unit_norm)
 
-    def _update(self, parameter, gradient, exp_avg_sq, exp_avg, lr: float, unit_norm: bool) -> None:
+    def _update(self, parameter, gradient, exp_avg_sq, exp_avg, step, lr: float, unit_norm: bool) -> None:
         if unit_norm:
             gradient.addcmul_(parameter, (gradient * parameter).sum(-1, keepdim=True), value=-1)
-        torch._fused_adam_([parameter], [gradient], [exp_avg], [exp_avg_sq], [], [torch.tensor(float(self.steps))], lr=lr,
-                           beta1=self.betas[0], beta2=self.betas[1], weight_decay=0.0, eps=self.eps, amsgrad=False,
-                           maximize=False)  # fmt: skip
+        torch._fused_adam_([parameter], [gradient], [exp_avg], [exp_avg_sq], [], [step], lr=lr, beta1=self.betas[0],
+                           beta2=self.betas[1], weight_decay=0.0, eps=self.eps, amsgrad=False, maximize=False)  # fmt: skip
         if unit_norm:
             parameter.div_(torch.linalg.vector_norm(parameter, dim=-1, keepdim=True))

@@ -61,6 +61,12 @@ def data_files(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256(path)[:16] for path in files}
 
 
+def measured_files(root: Path, code: str) -> dict[str, str]:
+    """Hash of every table of `make benchmark` that a notebook's code reads, by name."""
+    paths = [root / "figures" / name for name in sorted(set(re.findall(r'read_measured\("([\w.]+)"\)', code)))]
+    return {path.name: sha256(path)[:16] if path.exists() else "missing" for path in paths}
+
+
 def cells_of(notebook: nbformat.NotebookNode) -> list[tuple[str, str, list[str]]]:
     """(type, source, tags) of every cell: what makes a notebook the pair of its .py."""
     return [(cell.cell_type, cell.source, list(cell.metadata.get("tags", []))) for cell in notebook.cells]
@@ -76,6 +82,7 @@ def conditions(root: Path, notebook: Notebook, changed: dict[str, Any]) -> dict[
         "code": source_closure(notebook.code()),
         "parameters": parameters,
         "data": data_files(Path(__file__).parent),
+        "measured": measured_files(root, notebook.code()),
         "corpus": read_json(trained).get("corpus") if trained.exists() else None,
         "lock": digest(locked),
         "packages": {name: locked[name] for name in NAMED_PACKAGES if name in locked},

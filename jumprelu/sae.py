@@ -125,10 +125,10 @@ class SAE(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x̂(x), raw activations to raw reconstruction, [..., d_in]."""
-        support = None if torch.is_grad_enabled() else self._support(x.flatten(0, -2), DENSE_ABOVE)
+        support = None if torch.is_grad_enabled() else self._support(x.reshape(-1, x.shape[-1]), DENSE_ABOVE)
         if support is None:
             return self.decode(self.encode(x))
-        return (support.decode(support.pre, self.W_dec) + self.b_dec).unflatten(0, x.shape[:-1])
+        return (support.decode(support.pre, self.W_dec) + self.b_dec).view(x.shape)
 
     def _support(self, x: torch.Tensor, limit: float) -> Support | None:
         """What is active on x: [tokens, d_in]; None where dense arithmetic is used instead."""

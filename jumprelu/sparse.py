@@ -165,7 +165,9 @@ class _Encode(torch.autograd.Function):
         centred = x - b_dec
         ctx.support = support
         ctx.save_for_backward(centred, W_enc)
-        return support.pre if support.pre is not None else dots(support, centred, W_enc.T) + support.at(b_enc)
+        if support.pre is not None:  # another tensor of the same memory: with a gradient, the support would hold its own graph
+            return support.pre.detach()
+        return dots(support, centred, W_enc.T) + support.at(b_enc)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -217,7 +219,8 @@ def screen(x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, low: torch
         # one column more adds what rounding can hide, another b_enc − low, both rounded up, so that π > low ⇒ entry > 0:
         # |xw − x̃w̃| ≤ (‖x − x̃‖ + 2⁻⁸‖x̃‖)‖w‖. The sign of a bfloat16 is that of its bits read as an integer
         rounded = x.to(dtype).float()
-        slack = (x - rounded).norm(dim=-1, keepdim=True) + 2.0**-8 * rounded.norm(dim=-1, keepdim=True)
+        slack = (x - rounded).norm(dim=-1, keepdim=True)
+        slack += (2.0**-8 + x.shape[1] * 2.0**-23) * rounded.norm(dim=-1, keepdim=True)  # the latter of float32 sums
         offset = (b_enc - low).unsqueeze(-1)
         rows = _bf16(x, slack * 1.01, torch.ones_like(slack))
         atoms = _bf16(W_enc.T, W_enc.norm(dim=0).unsqueeze(-1) * 1.01, offset + offset.abs() * 2.0**-7)
@@ -278,9 +281,10 @@ def _chunks(rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[int, 
     every page at its first use.
     """
     size = min(rows, max(1, CHUNK // max(1, columns)))
-    if getattr(_memory, "key", None) != (size, columns, dtype):
+    key = size, columns, dtype, torch.is_inference_mode_enabled()  # memory of that mode cannot be written to outside of it
+    if getattr(_memory, "key", None) != key:
         _memory.chunk, _memory.mask = torch.empty(size, columns, dtype=dtype), torch.empty(size, columns, dtype=torch.bool)
-        _memory.key = size, columns, dtype
+        _memory.key = key
     for first in range(0, rows, size):
         yield first, _memory.chunk[: rows - first], _memory.mask[: rows - first]
 

@@ -65,6 +65,15 @@ def fvu_at(frontier: pd.DataFrame, l0: float) -> float:
     return float(np.interp(np.log(l0), np.log(ordered.l0), ordered.fvu, left=np.nan, right=np.nan))
 
 
+def matched_ratio(frontier: pd.DataFrame, other: pd.DataFrame) -> float:
+    """FVU of a frontier over that of another at the same L0: mean over those of its points that lie within the other's range.
+
+    Both: rows with columns l0, fvu. NaN where they do not overlap.
+    """
+    ratios = pd.Series([row.fvu / fvu_at(other, row.l0) for row in frontier.itertuples()], dtype=float)
+    return float(ratios.mean())
+
+
 def bandwidth_table(acts: Activations, lm: LM, tokens: Tokens, config: TrainConfig, runs: Sequence[TrainResult],
                     others: Sequence[float], sparsities: Sequence[float]) -> pd.DataFrame:
     """`config`, of which `runs` are the seeds, at `others` bandwidths too, and at its own with the prices `sparsities`.

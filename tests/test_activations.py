@@ -135,7 +135,7 @@ def readers() -> set[threading.Thread]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("d_in", [3, 2**15 + 5])  # a row wider than a piece
 def test_the_order_is_that_of_shuffling_a_bucket_in_memory(tmp_path, d_in, dtype):
-    """Checkpoints of earlier versions go on from this order: rows are drawn bucket by bucket, with a generator for each."""
+    """The order of the data is part of a result: rows are drawn bucket by bucket, with a generator for each."""
     acts = activations_from_tensor(torch.randn(60, d_in), tmp_path, shard_rows=7, dtype=dtype)
     stored = {f"shard-{i:05d}.safetensors": shard.activations for i, shard in enumerate(acts.shards())}
     expected = []

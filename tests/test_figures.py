@@ -124,3 +124,13 @@ def petroff10():
 def test_figures_go_to_the_checkout_by_default(monkeypatch):
     monkeypatch.delenv("JUMPRELU_FIGURES")
     assert figures.figures_folder().name == "figures" and (figures.figures_folder().parent / "jumprelu").is_dir()
+
+
+def test_what_the_benchmark_measured_is_read_from_the_checkout(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUMPRELU_FIGURES", str(tmp_path / "of a run in progress"))
+    monkeypatch.setattr(figures, "measured_folder", lambda: tmp_path)
+    with pytest.raises(FileNotFoundError, match="make benchmark"):
+        figures.read_measured("benchmark.csv")
+    (tmp_path / "benchmark.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "benchmark.json").write_text('{"threads": 2}')
+    assert figures.read_measured("benchmark.csv").b.tolist() == [2] and figures.read_measured("benchmark.json") == {"threads": 2}

@@ -20,11 +20,11 @@ from jumprelu import plots
 from jumprelu.figures import read_figure_data
 from jumprelu.files import digest, sha256
 from jumprelu.profiles import DEFAULT_PROFILE, Notebook, check_profile
-from jumprelu.reproduce import cells_of, data_files, source_closure
+from jumprelu.reproduce import cells_of, data_files, measured_files, source_closure
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
-FIGURES = sorted((ROOT / "figures").glob("*.csv"))
+FIGURES = sorted((ROOT / "figures").glob("[0-9][0-9]_*.csv"))
 PROFILES = sorted(path.stem for path in (ROOT / "notebooks/profiles").glob("*.yaml"))
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|work|Users|usr|opt|var|mnt|private)/|[A-Z]:\\\\")
 
@@ -95,6 +95,7 @@ def test_the_manifest_is_of_this_code(source):
     if manifest["python"] == ".".join(platform.python_version_tuple()[:2]):  # source is normalised by Python itself
         assert manifest["code"] == source_closure(notebook.code()), message
     assert manifest["data"] == data_files(ROOT / "jumprelu"), message
+    assert manifest["measured"] == measured_files(ROOT, notebook.code()), message
     made = {path.stem: sha256(path)[:16] for path in FIGURES if path.name.startswith(notebook.number)}
     assert manifest["figures"] == made
     assert (ROOT / f"figures/{notebook.number}_facts.json").exists()

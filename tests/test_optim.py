@@ -41,6 +41,27 @@ def test_is_torchs_adam(betas, block, monkeypatch):
     assert all(set(moments) == kept for moments in adam.moments.values())
 
 
+def test_without_a_first_moment_it_is_torchs_fused_adam_to_the_bit():
+    ours, theirs = trainees()
+    adam = Adam(dict(ours.named_parameters()), (0.0, 0.999), 1e-8)
+    reference = torch.optim.Adam(theirs.parameters(), lr=1e-3, betas=(0.0, 0.999), eps=1e-8, fused=True)
+    for step in range(20):
+        set_gradients(ours, step), set_gradients(theirs, step)
+        adam.step(dict.fromkeys(adam.parameters, 1e-3))
+        reference.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_a_matrix_of_one_column_is_no_encoder():
+    """At d_in = 1 both strides of W_dec are 1."""
+    config = TrainConfig(d_sae=5)
+    trainee = Trainee(1, config, torch.Generator().manual_seed(0))
+    set_gradients(trainee, 0)
+    adam = Adam(dict(trainee.named_parameters()), (0.0, 0.999), unit_norm=("W_dec",))
+    adam.step(dict.fromkeys(adam.parameters, 0.1))
+    torch.testing.assert_close(trainee.W_dec.abs(), torch.ones(5, 1))
+
+
 def test_atoms_keep_their_norm_and_move_along_the_sphere():
     ours, theirs = trainees()
     adam = Adam(dict(ours.named_parameters()), (0.0, 0.999), 1e-8, unit_norm=("W_dec",))

@@ -71,3 +71,10 @@ def test_studies(tmp_path, monkeypatch):
     assert [(b, s) for b, s in zip(table.bandwidth, table.sparsity, strict=True)][::2] == [(0.1, 1e-3), (0.3, 1e-3), (0.1, 0.1)]
     assert table.fvu_ratio[table.bandwidth == 0.1].tolist() == pytest.approx([1] * 4)  # a frontier against itself
     assert study.score_table("x", scores).l0.tolist() == [score.l0.value for score in scores]
+
+
+def test_frontiers_are_compared_at_equal_l0():
+    mine = pd.DataFrame({"l0": [5.0, 10.0, 1000.0], "fvu": [0.5, 0.15, 0.1]})
+    other = pd.DataFrame({"l0": [10.0, 100.0, 1.0], "fvu": [0.3, 0.2, 0.6]})
+    assert study.matched_ratio(mine, other) == pytest.approx((0.5 / study.fvu_at(other, 5.0) + 0.5) / 2)  # 1000 is outside
+    assert math.isnan(study.matched_ratio(mine[mine.l0 > 500], other))

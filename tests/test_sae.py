@@ -134,6 +134,7 @@ def test_sparse_encoding_is_the_dense_one(k, threshold):
     with torch.no_grad():
         torch.testing.assert_close(sae(x.view(5, 10, 6)), sae.decode(dense).view(5, 10, 6), rtol=1e-5, atol=1e-5)
         assert sae(x[:0]).shape == (0, 6)
+        torch.testing.assert_close(sae(x[0]), sae.decode(dense)[0], rtol=1e-5, atol=1e-5)
     half = copy.deepcopy(sae).to(torch.bfloat16)
     torch.testing.assert_close(half.encode(x.bfloat16(), sparse=True).to_dense(), half.encode(x.bfloat16()))
     with pytest.raises(ValueError, match=r"\[tokens, d_in\], got \(5, 10, 6\)"):

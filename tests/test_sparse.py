@@ -1,6 +1,8 @@
 """The sparse step is the dense one: same losses, same gradients, for every architecture and loss, at every density."""
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -144,6 +146,38 @@ def test_the_denser_batch_is_computed_densely():
     assert subject(x, 0.1).layout is DENSE  # this loss touches every latent
 
 
+def test_a_step_leaves_nothing_behind():
+    """The graph and the support do not hold each other: memory is free at once, not when the collector comes."""
+    subject = trainee(TrainConfig(d_sae=D_SAE))
+    subject.b_enc.data -= 0.6
+    gc.disable()
+    try:
+        out = subject(inputs(), 0.1)
+        assert isinstance(out.layout, Support)
+        gone = weakref.ref(out.layout)
+        sum(subject.loss(inputs(), out, 1e-3, 0.1, torch.zeros(D_SAE, dtype=torch.bool)).values()).backward()
+        del out
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("shift", [0.3, 20.0])
+def test_batchtopk_with_fewer_active_entries_than_it_may_keep(shift, monkeypatch):
+    """Then all that are positive are kept, its threshold goes to zero, and none at all is no error."""
+    config = TrainConfig(architecture="batchtopk", d_sae=D_SAE, k=30)
+    thresholds = []
+    for dense_above in (0.0, 1.0):
+        subject = trainee(config)
+        subject.b_enc.data -= shift
+        subject.batch_threshold += 0.5
+        monkeypatch.setattr(sparse, "DENSE_ABOVE", dense_above)
+        out = subject(inputs(), 0.1)
+        assert (out.acts > 0).sum() < 30 * BATCH and (out.acts > 0).any() == (shift == 0.3)
+        thresholds.append(subject.batch_threshold.item())
+    assert thresholds[0] == thresholds[1] == pytest.approx(0.495)
+
+
 # ---- finding S ------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +212,13 @@ def test_chunks_do_not_matter(chunk, monkeypatch):
     monkeypatch.setattr(sparse, "CHUNK", chunk)
     parts = screen(x, W_enc, torch.zeros(D_SAE), torch.full((D_SAE,), 0.2))
     assert torch.equal(whole.token, parts.token) and torch.equal(whole.start, parts.start) and len(whole) > 100
+
+
+def test_the_workspace_survives_inference_mode():
+    x, W_enc, low = inputs(50), torch.randn(D_IN, 64), torch.full((64,), 0.2)
+    with torch.inference_mode():
+        inside = screen(x, W_enc, torch.zeros(64), low)
+    assert torch.equal(inside.token, screen(x, W_enc, torch.zeros(64), low).token)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (3, 5), (1, 1), (16, 40)])
