@@ -540,7 +540,12 @@ def equal_tokens(data: pd.DataFrame) -> Figure:
             one = one.sort_values("l0")
             axes[0].plot(one.l0, one.fvu, **look, linewidth=1, label=f"{label}, {setting}" if number == 0 else None)
         axes[1].plot(rows.seconds, rows.fvu, **look | {"linestyle": ""})
-    axes[0].set(xscale="log", xlabel="L0 on held-out activations", ylabel="FVU on held-out activations", title="equal tokens")
-    axes[1].set(xscale="log", xlabel="seconds of training", ylabel="FVU on held-out activations", title="time for it")
-    axes[0].legend(fontsize=7)
+    axes[0].set(xscale="log", yscale="log", xlabel="L0 on held-out activations", title="equal tokens")
+    axes[1].set(yscale="log", xlabel="seconds of training", title="time for it", xlim=(0, None))
+    for ax in axes:
+        ax.set_ylabel("FVU on held-out activations")
+        ax.yaxis.set_major_locator(ticker.FixedLocator([0.1, 0.15, 0.2, 0.3, 0.5, 0.8]))
+        ax.yaxis.set_major_formatter(ticker.ScalarFormatter())
+        ax.yaxis.set_minor_locator(ticker.NullLocator())
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return fig

@@ -209,7 +209,8 @@ def fast_dtype() -> torch.dtype:
 @torch.no_grad()
 def screen(x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, low: torch.Tensor, dtype: torch.dtype = torch.float32,
            limit: float = 1.0) -> Support | None:
-    """The support of entries with π = x W_enc + b_enc > low, and π there; None if it would hold more than `limit` of all.
+    """The support of entries with π = x W_enc + b_enc > low, and π there; None if it would hold more than `limit` of
+    all, or of the latents looked at first.
 
     x: [batch, d_in], centred; W_enc: [d_in, d_sae]; b_enc, low: [d_sae]. dtype: of the search. Neither the support nor π
     depend on it, but for float32's own rounding.
@@ -233,11 +234,12 @@ def screen(x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, low: torch
             torch.gt(chunk.view(torch.int16), 0, out=over)
         else:
             torch.gt(chunk, bar[first : first + len(chunk)], out=over)
+        # to list too much costs more than anything else, so it is counted first; the latents come in no particular order
+        if total + int(over.count_nonzero()) > limit * batch * (first + len(chunk)):
+            return None
         flat = _positions(over)
         ends.append(torch.searchsorted(flat, torch.arange(1, len(chunk) + 1) * batch, out_int32=True) + total)
         total += len(flat)
-        if total > limit * batch * d_sae:
-            return None
         tokens.append((flat % batch).int())
         if dtype != torch.bfloat16:
             products.append(chunk.view(-1).index_select(0, flat))

@@ -25,10 +25,10 @@ from .train import _advance, _State
 
 
 def arithmetic(d_in: int, d_sae: int, l0: float, entries: float) -> pd.DataFrame:
-    """Multiplications and additions a token, by part of a JumpReLU step: columns part, dense, sparse.
+    """Multiplications and additions a token, by part of a JumpReLU step: columns part, dense, on_s.
 
     l0: active latents a token; entries: those that are active or within the window. Dense: each of the five products
-    touches all d_sae latents. Sparse: only the encoder does; values and θ need a product of W_dec with the error at every
+    touches all d_sae latents. On S: only the encoder does; values and θ need a product of W_dec with the error at every
     entry, the reconstruction and the gradients of both matrices at the active ones.
     """
     unit = 2 * d_in
@@ -36,7 +36,7 @@ def arithmetic(d_in: int, d_sae: int, l0: float, entries: float) -> pd.DataFrame
         ("encode", d_sae, d_sae), ("decode", d_sae, l0), ("gradient of the activations", d_sae, entries),
         ("gradient of W_dec", d_sae, l0), ("gradient of W_enc", d_sae, l0),
     ]  # fmt: skip
-    return pd.DataFrame([{"part": part, "dense": unit * dense, "sparse": unit * few} for part, dense, few in rows])
+    return pd.DataFrame([{"part": part, "dense": unit * dense, "on_s": unit * few} for part, dense, few in rows])
 
 
 PARTS = {

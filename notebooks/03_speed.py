@@ -78,9 +78,9 @@ print(f"benchmark on {machine['cpu']} with {', '.join(machine['cpu_features'])},
 first = speed[(speed.system == "jumprelu") & (speed.architecture == "jumprelu") & (speed.task == "train")].iloc[0]
 by_hand = steptime.arithmetic(first.d_in, first.d_sae, first.l0, first.entries)
 print(f"FLOPs a token at d_in {first.d_in}, d_sae {first.d_sae}, L0 {first.l0:.0f}, |S| {first.entries:.0f} a token")
-print(by_hand.to_string(index=False, float_format="{:,.0f}".format))
-total = by_hand[["dense", "sparse"]].sum()
-print(f"dense over sparse: {total.dense / total.sparse:.1f}")
+print(by_hand.astype({"dense": int, "on_s": int}).to_string(index=False))
+total = by_hand[["dense", "on_s"]].sum()
+print(f"dense over sparse: {total.dense / total.on_s:.1f}")
 
 # %% [markdown]
 # Bytes: Adam reads parameter, gradient and both moments and writes three of them, 28 bytes a parameter and step in float32.
@@ -148,7 +148,7 @@ jr.save_figure(plots.search_dtype(searched), "03_search_dtype", searched)
 
 # %%
 shown = ["system", "architecture", "dtype", "d_in", "d_sae", "batch", "tokens_per_s", "tokens_per_s_q1", "tokens_per_s_q3"]
-training = speed[(speed.task == "train") & speed.error.isna()][shown]
+training = speed[(speed.task == "train") & speed.error.isna()][shown].reset_index(drop=True)
 jr.save_figure(plots.speed(training), "03_speed", training)
 
 # %%
@@ -170,7 +170,7 @@ print(failed[["system", "architecture", "error"]].drop_duplicates().to_string(in
 
 # %%
 profile = read_measured("benchmark_profile.csv").fillna({"call": ""})
-dearest = profile.groupby("search", sort=False).head(16)
+dearest = profile.groupby("search", sort=False).head(16).reset_index(drop=True)
 jr.save_figure(plots.step_profile(dearest), "03_step_profile", dearest)
 
 # %%
@@ -195,7 +195,7 @@ jr.save_figure(plots.density(by_density), "03_density", by_density)
 # type, but for TopK.
 
 # %%
-encoding = speed[(speed.task == "inference") & speed.error.isna()][shown]
+encoding = speed[(speed.task == "inference") & speed.error.isna()][shown].reset_index(drop=True)
 jr.save_figure(plots.inference(encoding), "03_inference", encoding)
 
 # %% [markdown]
@@ -207,7 +207,7 @@ jr.save_figure(plots.inference(encoding), "03_inference", encoding)
 
 # %%
 quality = read_measured("benchmark_quality.csv")
-quality = quality[quality.fvu.notna()]
+quality = quality[quality.fvu.notna()].reset_index(drop=True)
 quality = quality[["system", "setting", "seed", "sparsity", "l0", "fvu", "seconds"]]
 jr.save_figure(plots.equal_tokens(quality), "03_equal_tokens", quality)
 
@@ -269,7 +269,7 @@ size_names = [f"d_in {row.d_in}, d_sae {row.d_sae}" for row in speed.drop_duplic
 
 # %% tags=["facts"]
 facts = {
-    "FLOPs, dense over sparse, at the first size": round(total.dense / total.sparse, 1),
+    "FLOPs, dense step over sparse step, at the first size": round(total.dense / total.on_s, 1),
     "gradients differ from the dense ones by less than 1e-5": max(differences.values()) < 1e-5,
     "FVU, search in float32 / bfloat16": " / ".join(f"{by_search[dtype].mean():.2f}" for dtype in ("float32", "bfloat16")),
     "the search's type moves FVU less than the seed does": bool((by_search.float32 - by_search.bfloat16).abs().max() < spread),

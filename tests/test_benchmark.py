@@ -133,6 +133,8 @@ def test_the_command_writes_tables_and_the_machine(tmp_path, capsys):
     assert tuple(table.columns) == COLUMNS and (table.d_sae == QUICK_SIZES[0].d_sae).all()
     ours = table[(table.task == "train") & (table.system == OURS)]
     assert (ours.peak_mb.notna() == (ours["dtype"] == "float32")).all()  # one a system and architecture
+    assert set(pd.read_csv(tmp_path / "benchmark_profile.csv").search) == {"float32", "bfloat16"}
+    assert pd.read_csv(tmp_path / "benchmark_density.csv").density.between(0, 1).all()
     facts = read_json(tmp_path / "benchmark.json")
     assert facts["threads"] == 1 and facts["torch"] == torch.__version__.split("+")[0] and facts["cpu"]
     assert {peer for peer, there in facts["peers"].items() if there} == set(INSTALLED)

@@ -21,7 +21,7 @@ def acts(tmp_path_factory):
 def test_arithmetic():
     parts = arithmetic(d_in=2, d_sae=10, l0=3, entries=4)
     assert parts.dense.sum() == 10 * 2 * 10  # 10·d_in·d_sae
-    assert parts.sparse.tolist() == [40, 12, 16, 12, 12]
+    assert parts.on_s.tolist() == [40, 12, 16, 12, 12]
 
 
 def test_the_profile_accounts_for_the_time(acts):
