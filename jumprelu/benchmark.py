@@ -15,6 +15,7 @@ How good the SAEs of each system are is the other half: `quality.py`.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import functools
 import multiprocessing
@@ -237,6 +238,8 @@ def _steps_memory(row: System, size: Size, path: str, threads: int) -> float:
     pool.inputs  # noqa: B018 (touches all of it)
     with suppress(OSError):  # Linux: the peak begins here; elsewhere it may have been before
         Path("/proc/self/clear_refs").write_text("5")
+    with suppress(OSError, AttributeError):  # without it the steps would begin with memory that is free and yet counted
+        ctypes.CDLL(None).malloc_trim(0)
     before = psutil.Process().memory_info().rss
     trainer = make_trainer(row, size, pool)
     for x in pool.x.split(size.batch)[:3]:

@@ -49,7 +49,7 @@ bandwidth: float = 0.1  # ε of the main runs
 bandwidths: list = [0.001, 0.5]  # the others, for the trade-off
 sparsities: list = [0.004, 0.03]  # higher λ at the main ε, for a comparison at equal L0
 dead_after: int = 50000  # tokens of silence after which a latent counts as dead
-l1: float = 0.22  # λ of the ReLU baseline, chosen for an L0 near that of the JumpReLU SAEs
+l1: float = 0.2  # λ of the ReLU baseline, chosen for an L0 near that of the JumpReLU SAEs
 seeds: int = 3
 threads: int = 2
 
