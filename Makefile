@@ -17,7 +17,7 @@ ARGS ?=
 # Tests marked `network` run where CI is set.
 MARKED := $(if $(CI),,-m "not network")
 
-.PHONY: help setup reproduce test lm benchmark lock lab clean
+.PHONY: help setup reproduce publish test lm benchmark lock lab clean
 
 help: ## list the targets (default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,9 @@ install:
 
 reproduce: setup ## run the notebooks that are not up to date; write figures/; print the facts
 	@$(RUN) -m jumprelu.reproduce --profile $(PROFILE) $(if $(NOTEBOOK),--notebook $(NOTEBOOK))
+
+publish: setup ## copy another PROFILE's finished results to figures/PROFILE, to be committed
+	@$(RUN) -m jumprelu.reproduce --publish --profile $(PROFILE) $(if $(NOTEBOOK),--notebook $(NOTEBOOK))
 
 test: setup ## lint, unit tests with coverage, then every committed notebook under nbval
 	$(RUN) -m ruff check

@@ -7,6 +7,7 @@ Notable here:
 - :meth:`Trainee.loss` returns every term by name, so a log can show what the sum hides.
 - a pass has a layout: all of [batch, d_sae], or only the entries that loss and gradients depend on, whichever is faster
   for the batch at hand. Values and gradients are the same to rounding (`sparse.py`).
+- where a bandwidth is taken it may be one for all latents or, from :meth:`Trainee.bandwidths`, one for each.
 """
 
 from __future__ import annotations
@@ -18,10 +19,16 @@ from typing import NamedTuple
 import torch
 
 from . import losses, sparse
-from .estimators import REACH, jump_relu, step
+from .estimators import REACH, jump_relu, kernel, step
 from .losses import DENSE, Layout
 from .recipe import TrainConfig
 from .sae import SAE, Origin
+
+WIDEST = 4.0
+"""A latent's bandwidth is at most this many times ε, and at least ε over this many."""
+
+DENSITY_RATE = 0.02
+"""Weight of one step in the running mean of a latent's density at its threshold."""
 
 
 class Forward(NamedTuple):
@@ -70,6 +77,8 @@ class Trainee(torch.nn.Module):
             self.b_mag = torch.nn.Parameter(torch.zeros(config.d_sae))
         if config.architecture == "batchtopk":  # the threshold used after training: a running mean
             self.register_buffer("batch_threshold", torch.zeros(()))
+        if config.bandwidth_by_density:  # of pre-activations at their threshold: a running mean, zeros before the first step
+            self.register_buffer("density", torch.zeros(config.d_sae))
 
     @property
     def threshold(self) -> torch.Tensor:
@@ -79,7 +88,31 @@ class Trainee(torch.nn.Module):
         return self.threshold_parameter.exp() if self.config.log_threshold else self.threshold_parameter
 
     @torch.no_grad()
-    def layout(self, x: torch.Tensor, bandwidth: float) -> Layout:
+    def bandwidths(self, bandwidth: float) -> float | torch.Tensor:
+        """ε_i, [d_sae], of a step whose ε is `bandwidth`: see `TrainConfig.bandwidth_by_density`.
+
+        `bandwidth` itself where that exponent is 0 or no density is known yet. A latent whose density is 0 gets the widest.
+        """
+        if not self.config.bandwidth_by_density or not self.density.any():
+            return bandwidth
+        relative = self.density / self.density[self.density > 0].median()
+        return bandwidth * relative.pow(-self.config.bandwidth_by_density).clamp(1 / WIDEST, WIDEST)
+
+    @torch.no_grad()
+    def update_density(self, out: Forward, bandwidth: float | torch.Tensor) -> None:
+        """Take one pass into each latent's running density at its threshold, if the configuration asks for it.
+
+        The estimate is the one that the estimators work with, the batch mean of K((π − θ)/ε_i)/ε_i; for the rectangle it is
+        the share of samples in the window over its width. bandwidth: that of the pass. The first pass counts in full.
+        """
+        if not self.config.bandwidth_by_density:
+            return
+        width = _at_entries(out.layout, bandwidth)
+        found = out.layout.per_latent(kernel((out.pre - out.threshold) / width, self.config.kernel) / width)
+        self.density += torch.where(self.density.any(), DENSITY_RATE, 1.0) * (found - self.density)
+
+    @torch.no_grad()
+    def layout(self, x: torch.Tensor, bandwidth: float | torch.Tensor) -> Layout:
         """The entries that a batch needs; all of them where that is faster: for a batch that is dense, or on a GPU."""
         c = self.config
         if x.device.type != "cpu" or c.preactivation or sparse.DENSE_ABOVE <= 0:  # that loss touches every latent
@@ -87,7 +120,7 @@ class Trainee(torch.nn.Module):
         centred, low = x - self.b_dec, torch.zeros_like(self.b_enc)
         if c.architecture == "topk":
             few = c.k <= sparse.DENSE_ABOVE * c.d_sae
-            return sparse.largest(centred, self.W_enc, self.b_enc, c.k) if few else DENSE
+            return sparse.largest(centred, self.W_enc, self.b_enc, c.k, c.topk_buckets) if few else DENSE
         if c.architecture == "jumprelu" or c.loss == "l0":
             reach = REACH[c.kernel] * bandwidth
             low = self.threshold - reach - 1e-6 * (self.threshold + reach + self.b_enc.abs())  # rounding must not lose the border
@@ -107,20 +140,21 @@ class Trainee(torch.nn.Module):
             found = sparse.screen(centred, self.W_enc, self.b_enc, low, torch.float32, sparse.DENSE_ABOVE)
         return found
 
-    def forward(self, x: torch.Tensor, bandwidth: float, layout: Layout | None = None) -> Forward:
-        """x: [batch, d_in] in normalised units; bandwidth: ε at this step; layout: default is that of :meth:`layout`."""
+    def forward(self, x: torch.Tensor, bandwidth: float | torch.Tensor, layout: Layout | None = None) -> Forward:
+        """x: [batch, d_in] in normalised units; bandwidth: ε at this step, a number or [d_sae]; layout: default is that of
+        :meth:`layout`."""
         c, layout = self.config, self.layout(x, bandwidth) if layout is None else layout
         pre, threshold = layout.encode(x, self.W_enc, self.b_enc, self.b_dec), layout.at(self.threshold)
         match c.architecture:
             case "relu":
                 acts = pre.relu()
             case "jumprelu":
-                acts = jump_relu(pre, threshold, bandwidth, c.kernel, c.ste_to_z)
+                acts = jump_relu(pre, threshold, _at_entries(layout, bandwidth), c.kernel, c.ste_to_z)
             case "gated":
                 magnitude = (pre - layout.at(self.b_enc)) * layout.at(self.r_mag.exp()) + layout.at(self.b_mag)
                 acts = (pre > 0) * magnitude.relu()
             case "topk" if layout is DENSE:
-                values, index = pre.relu().topk(c.k, dim=-1)
+                values, index = sparse.top(pre.relu(), c.k, c.topk_buckets)
                 acts = torch.zeros_like(pre).scatter(-1, index, values)
             case "topk":
                 acts = pre.relu()
@@ -136,10 +170,12 @@ class Trainee(torch.nn.Module):
                         self.batch_threshold += rate * (smallest.detach() - self.batch_threshold)
         return Forward(pre, threshold, acts, layout.decode(acts, self.W_dec) + self.b_dec, layout)
 
-    def loss(self, x: torch.Tensor, out: Forward, sparsity: float, bandwidth: float,
+    def loss(self, x: torch.Tensor, out: Forward, sparsity: float, bandwidth: float | torch.Tensor,
              dead: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Terms whose sum is minimised. sparsity: λ at this step; dead: bool [d_sae], for AuxK."""
+        """Terms whose sum is minimised. sparsity: λ at this step; bandwidth: as given to :meth:`forward`; dead: bool [d_sae],
+        for AuxK."""
         c, layout = self.config, out.layout
+        bandwidth = _at_entries(layout, bandwidth)
         terms = {"reconstruction": losses.reconstruction(x, out.x_hat)}
         norms = self.W_dec.norm(dim=-1) if not c.unit_norm_atoms else torch.ones_like(self.b_enc)
         match c.loss:
@@ -177,11 +213,13 @@ class Trainee(torch.nn.Module):
         if self.config.architecture == "jumprelu" and not self.config.log_threshold:
             self.threshold_parameter.clamp_(min=0)
 
-    def diagnose(self, out: Forward, terms: dict[str, torch.Tensor], bandwidth: float) -> StepDiagnostics:
-        """See :class:`StepDiagnostics`; `terms` as :meth:`loss` returned them, before their backward pass."""
+    def diagnose(self, out: Forward, terms: dict[str, torch.Tensor], bandwidth: float | torch.Tensor) -> StepDiagnostics:
+        """See :class:`StepDiagnostics`; `terms` as :meth:`loss` returned them, before their backward pass; bandwidth: as
+        given to :meth:`forward`."""
         with torch.no_grad():
             theta = self.threshold
-            reached = ((out.pre - out.threshold).abs() < REACH[self.config.kernel] * bandwidth).float()
+            reach = REACH[self.config.kernel] * _at_entries(out.layout, bandwidth)
+            reached = ((out.pre - out.threshold).abs() < reach).float()
             reached = out.layout.per_latent(reached)  # share of the batch, [d_sae]
             travel = (theta.clamp_min(1e-12).log() - torch.tensor(self.config.threshold_init).log()).abs().mean()
             to_theta = 1 / theta if self.config.log_threshold else torch.ones_like(theta)  # ∂/∂θ from ∂/∂log θ
@@ -193,7 +231,8 @@ class Trainee(torch.nn.Module):
                                (reached > 0).float().mean().item())  # fmt: skip
 
     @torch.no_grad()
-    def resample(self, x: torch.Tensor, dead: torch.Tensor, bandwidth: float, generator: torch.Generator) -> torch.Tensor:
+    def resample(self, x: torch.Tensor, dead: torch.Tensor, bandwidth: float | torch.Tensor,
+                 generator: torch.Generator) -> torch.Tensor:
         """Point dead latents at badly reconstructed inputs (Bricken et al. 2023); returns the indices replaced.
 
         x: [batch, d_in]; dead: bool [d_sae]. An input is drawn with probability ∝ its squared loss; the atom becomes its
@@ -215,6 +254,8 @@ class Trainee(torch.nn.Module):
         if self.config.architecture == "jumprelu":
             initial = torch.tensor(self.config.threshold_init)
             self.threshold_parameter[index] = initial.log() if self.config.log_threshold else initial
+        if self.config.bandwidth_by_density and self.density.any():  # nothing is known of the new ones: they begin with ε
+            self.density[index] = self.density[self.density > 0].median()
         return index
 
     @torch.no_grad()
@@ -222,7 +263,8 @@ class Trainee(torch.nn.Module):
         """The inference form, for raw activations x_raw = input_scale · x.
 
         W_enc stays; b_enc' = C·(b_enc − b_dec W_enc); b_dec' = C·b_dec; θ' = C·θ; atoms brought to norm 1 and
-        their norm moved into the encoder (ReLU and JumpReLU are positively homogeneous).
+        their norm moved into the encoder (ReLU and JumpReLU are positively homogeneous). TopK keeps the exact k largest,
+        also where `topk_buckets` made training approximate.
         """
         c, C = self.config, float(input_scale)
         W_enc, b_enc, threshold = self.W_enc.clone(), self.b_enc.clone(), self.threshold.clone()
@@ -240,3 +282,7 @@ class Trainee(torch.nn.Module):
         origin = Origin(model_name, site, layer, c.architecture, C, training)
         return SAE(W_enc * norm, C * norm * (b_enc + offset), self.W_dec / norm[:, None], C * self.b_dec,
                    C * norm * threshold, k=c.k if c.architecture == "topk" else None, origin=origin)  # fmt: skip
+
+
+def _at_entries(layout: Layout, bandwidth: float | torch.Tensor) -> float | torch.Tensor:
+    return layout.at(bandwidth) if isinstance(bandwidth, torch.Tensor) else bandwidth

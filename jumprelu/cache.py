@@ -355,6 +355,42 @@ def result_key(fn: Callable, arguments: dict[str, Any]) -> str:
     return digest(closure_hash(fn), {name: content(value, package) for name, value in arguments.items()}, versions)
 
 
+class Slot(NamedTuple):
+    """Where the result of one call is kept."""
+
+    folder: Path
+    package: str
+
+    @property
+    def filled(self) -> bool:
+        return (self.folder / "result.json").exists()
+
+    def read(self) -> Any:
+        return _restore(read_json(self.folder / "result.json")["result"], self.folder, self.package)
+
+    def write(self, value: Any) -> Any:
+        """Keep a result, and return it as it will be read from now on."""
+        _write_result(value, self.folder)
+        return self.read()
+
+
+def slot(fn: Callable, *args: Any, **kwargs: Any) -> Slot:
+    """The place of `fn(*args, **kwargs)`, for what computes several results at once, or in other processes.
+
+    A function with a parameter `out` is meant to be given the slot's folder there. Raises as :func:`remember`.
+    """
+    closure_hash(fn)  # first, for its error: a lambda's signature would be fine
+    signature = inspect.signature(fn)
+    keeps_itself = "out" in signature.parameters
+    if keeps_itself and "out" in kwargs:
+        raise TypeError(f"remember chooses the folder `out` of {fn.__name__}: leave it away, or call {fn.__name__} itself")
+    bound = signature.bind(*args, **kwargs, **({"out": None} if keeps_itself else {}))
+    bound.apply_defaults()
+    arguments = {name: value for name, value in bound.arguments.items() if name != "out"}
+    folder = cache_root() / "results" / f"{fn.__name__}-{result_key(fn, arguments)}"
+    return Slot(folder, fn.__module__.split(".")[0])
+
+
 def remember(fn: Callable, *args: Any, **kwargs: Any) -> Any:
     """`fn(*args, **kwargs)`, computed only if this code has not been run on these arguments yet.
 
@@ -366,22 +402,13 @@ def remember(fn: Callable, *args: Any, **kwargs: Any) -> Any:
     Raises TypeError for a function that is not at the top level of a module, an argument whose content cannot
     be told, or a result that cannot be kept.
     """
-    closure_hash(fn)  # first, for its error: a lambda's signature would be fine
-    signature = inspect.signature(fn)
-    keeps_itself = "out" in signature.parameters
-    if keeps_itself and "out" in kwargs:
-        raise TypeError(f"remember chooses the folder `out` of {fn.__name__}: leave it away, or call {fn.__name__} itself")
-    bound = signature.bind(*args, **kwargs, **({"out": None} if keeps_itself else {}))
-    bound.apply_defaults()
-    arguments = {name: value for name, value in bound.arguments.items() if name != "out"}
-    folder = cache_root() / "results" / f"{fn.__name__}-{result_key(fn, arguments)}"
-    if keeps_itself:
-        log.info("%s in %s", fn.__name__, folder.name)
-        return fn(*args, **kwargs, out=folder)
-    if (folder / "result.json").exists():
-        log.info("reused %s", folder.name)
-    else:
-        result = fn(*args, **kwargs)
-        _write_result(result, folder)
-        log.info("computed %s", folder.name)
-    return _restore(read_json(folder / "result.json")["result"], folder, fn.__module__.split(".")[0])
+    place = slot(fn, *args, **kwargs)
+    if "out" in inspect.signature(fn).parameters:
+        log.info("%s in %s", fn.__name__, place.folder.name)
+        return fn(*args, **kwargs, out=place.folder)
+    if place.filled:
+        log.info("reused %s", place.folder.name)
+        return place.read()
+    result = place.write(fn(*args, **kwargs))
+    log.info("computed %s", place.folder.name)
+    return result

@@ -4,8 +4,9 @@
     step_θ(z)     =   H(z − θ)          ð/ðθ = −(1/ε)·K((z − θ)/ε)      ð/ðz = 0
 
 (Rajamanoharan et al. 2024, arXiv 2407.14435, the section on training.) K is a kernel that integrates to 1,
-ε its bandwidth. Both functions are piecewise constant in θ, so their true derivative says nothing; averaged
-over a batch, the pseudo-derivatives are a kernel density estimate of the derivative of the *expected* loss.
+ε its bandwidth, one for all latents or one for each. Both functions are piecewise constant in θ, so their true
+derivative says nothing; averaged over a batch, the pseudo-derivatives are a kernel density estimate of the derivative of
+the *expected* loss.
 
 Notable: no pseudo-gradient reaches z, so the L0 penalty trains thresholds only. `ste_to_z=True` adds the term
 that is left out, for the ablation that shows why it is left out.
@@ -75,36 +76,45 @@ class _Step(torch.autograd.Function):
         return spike if ste_to_z else None, _sum_to(-spike, threshold.shape), None, None, None
 
 
-def _checked(threshold: torch.Tensor | float, bandwidth: float, kernel_name: str, z: torch.Tensor) -> torch.Tensor:
-    if not bandwidth > 0:
-        raise ValueError(f"bandwidth must be above 0, got {bandwidth}: the paper uses 0.001 for inputs with E‖x‖² = 1")
+def _fits(shape: torch.Size, z: torch.Tensor) -> bool:
+    try:
+        return shape == z.shape or torch.broadcast_shapes(z.shape, shape) == z.shape
+    except RuntimeError:
+        return False
+
+
+def _checked(threshold: torch.Tensor | float, bandwidth: float | torch.Tensor, kernel_name: str, z: torch.Tensor) -> torch.Tensor:
+    many = isinstance(bandwidth, torch.Tensor)
+    if not ((bandwidth > 0).all() if many else bandwidth > 0):
+        raise ValueError(f"bandwidth must be above 0, got {bandwidth.min().item() if many else bandwidth}: the paper uses 0.001 "
+                         "for inputs with E‖x‖² = 1")
+    if many and not _fits(bandwidth.shape, z):
+        raise ValueError(f"bandwidth of shape {tuple(bandwidth.shape)} does not fit pre-activations of shape "
+                         f"{tuple(z.shape)}: expected [d_sae] (one bandwidth a latent) or a number")
     if kernel_name not in KERNELS:
         raise ValueError(f"unknown kernel {kernel_name!r}: expected one of {', '.join(KERNELS)}")
     if not isinstance(threshold, torch.Tensor):
         threshold = torch.tensor(threshold, dtype=z.dtype, device=z.device)
-    try:
-        fits = threshold.shape == z.shape or torch.broadcast_shapes(z.shape, threshold.shape) == z.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if not _fits(threshold.shape, z):
         raise ValueError(f"threshold of shape {tuple(threshold.shape)} does not fit pre-activations of shape "
                          f"{tuple(z.shape)}: expected [d_sae] (one threshold a latent) or a scalar")
     return threshold
 
 
-def jump_relu(z: torch.Tensor, threshold: torch.Tensor | float, bandwidth: float, kernel: str = "rectangle",
-              ste_to_z: bool = False) -> torch.Tensor:
+def jump_relu(z: torch.Tensor, threshold: torch.Tensor | float, bandwidth: float | torch.Tensor,
+              kernel: str = "rectangle", ste_to_z: bool = False) -> torch.Tensor:
     """z·H(z − θ), with a straight-through gradient to the threshold.
 
     z: pre-activations, any shape [..., d_sae]; threshold: [d_sae] or a scalar, in the units of z;
-    bandwidth: ε > 0 in the units of z, used by the backward pass only. Returns the shape of z.
-    At z = θ the latent is off. Raises ValueError for a bandwidth ≤ 0, an unknown kernel or a threshold that
-    does not broadcast to z. Source: Rajamanoharan et al. 2024, the definition of JumpReLU and its pseudo-derivative.
+    bandwidth: ε > 0 in the units of z, a number or [d_sae], used by the backward pass only; it takes no gradient.
+    Returns the shape of z. At z = θ the latent is off. Raises ValueError for a bandwidth ≤ 0, an unknown kernel, and a
+    threshold or bandwidth that does not broadcast to z. Source: Rajamanoharan et al. 2024, the definition of JumpReLU and
+    its pseudo-derivative.
     """
     return _JumpReLU.apply(z, _checked(threshold, bandwidth, kernel, z), bandwidth, kernel, ste_to_z)
 
 
-def step(z: torch.Tensor, threshold: torch.Tensor | float, bandwidth: float, kernel: str = "rectangle",
+def step(z: torch.Tensor, threshold: torch.Tensor | float, bandwidth: float | torch.Tensor, kernel: str = "rectangle",
          ste_to_z: bool = False) -> torch.Tensor:
     """H(z − θ), 1 where a latent is on and else 0; its sum over latents is L0. Arguments as for :func:`jump_relu`."""
     return _Step.apply(z, _checked(threshold, bandwidth, kernel, z), bandwidth, kernel, ste_to_z)

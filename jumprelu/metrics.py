@@ -12,6 +12,7 @@ Notable here:
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .corpus import Tokens, as_tokens
-from .hooks import capture, splice
+from .hooks import Key, capture, splice
 from .intervals import Estimate, ratio_estimate, share_estimate
 from .lm import LM
 from .sae import SAE
@@ -129,7 +130,6 @@ class _Sums:
         )  # fmt: skip
 
 
-@torch.no_grad()
 def evaluate(sae: SAE, lm: LM, tokens: Tokens | torch.Tensor, site: str | None = None, layer: int | None = None,
              batch_rows: int | None = None) -> Report:
     """Sparsity and fidelity of an SAE, and what it costs the language model, on held-out tokens.
@@ -142,47 +142,64 @@ def evaluate(sae: SAE, lm: LM, tokens: Tokens | torch.Tensor, site: str | None =
     if ids are not of the model's vocabulary, if no token is left after the special ones, or if the activations
     do not vary. Source: Rajamanoharan et al. 2024 and Gemma Scope, their evaluations.
     """
+    return evaluate_many([sae], lm, tokens, site, layer, batch_rows)[0]
+
+
+@torch.no_grad()
+def evaluate_many(saes: Sequence[SAE], lm: LM, tokens: Tokens | torch.Tensor, site: str | None = None,
+                  layer: int | None = None, batch_rows: int | None = None) -> list[Report]:
+    """:func:`evaluate` of several SAEs, whatever their sites and widths; the model's own pass is computed once for all."""
     tokens = as_tokens(tokens)
     lm.check_ids(tokens.ids)
     batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
+    special = torch.tensor(lm.special_ids, device=lm.device)
+    names, document = tokens.document.unique(return_inverse=True)
+    places = [_place(sae, lm, tokens, site, layer) for sae in saes]
+    saes = [sae if sae.W_enc.device == lm.device else copy.deepcopy(sae).to(lm.device) for sae in saes]  # the caller's stays
+    sums = [_Sums(len(names), sae.d_in, sae.d_sae, lm.device) for sae in saes]
+    l0_per_token: list[list[torch.Tensor]] = [[] for _ in saes]
+    for start in tqdm(range(0, len(tokens), batch_rows), desc="evaluating", unit="batch", mininterval=1):
+        ids = tokens.ids[start : start + batch_rows].to(lm.device)
+        owner = document[start : start + batch_rows, None].to(lm.device).expand_as(ids)
+        keep = ~torch.isin(ids, special)
+        counted = keep[:, :-1] & keep[:, 1:]
+        target, owners = ids[:, 1:][counted], owner[:, :-1][counted]
+        ones = torch.ones_like(owners, dtype=torch.float64)
+
+        def log_probabilities(ids=ids, counted=counted) -> torch.Tensor:
+            return lm.model(ids).logits[:, :-1][counted].float().log_softmax(-1)
+
+        log_p = log_probabilities()
+        p, loss = log_p.exp(), F.nll_loss(log_p, target, reduction="none").double()
+        for sae, (at_site, at_layer), own, l0 in zip(saes, places, sums, l0_per_token, strict=True):
+
+            def replace(value: torch.Tensor, keep=keep, owner=owner, sae=sae, own=own, l0=l0) -> torch.Tensor:
+                x = value[keep].to(sae.W_enc.dtype)
+                acts = sae.encode(x, sparse=True)
+                x_hat = sae.decode(acts)
+                l0.append(own.add_activations(x, x_hat, acts, owner[keep]).cpu())
+                return value.index_put((keep,), x_hat.to(value.dtype))
+
+            with splice(lm, at_site, at_layer, replace):
+                log_q = log_probabilities()
+            own.predicted.index_add_(0, owners, ones)
+            own.loss.index_add_(0, owners, loss)
+            own.spliced.index_add_(0, owners, F.nll_loss(log_q, target, reduction="none").double())
+            own.kl.index_add_(0, owners, torch.linalg.vecdot(p, log_p - log_q).double())
+    if saes and not sums[0].tokens.sum() > 0:
+        raise ValueError("every token is a special one (BOS, EOS or pad): nothing to evaluate")
+    if saes and not sums[0].predicted.sum() > 0:
+        raise ValueError("no two neighbouring tokens are both not special: there is no loss to compare; give longer rows")
+    return [own.report(torch.cat(l0)) for own, l0 in zip(sums, l0_per_token, strict=True)]
+
+
+def _place(sae: SAE, lm: LM, tokens: Tokens, site: str | None, layer: int | None) -> Key:
+    """Where an SAE belongs, checked against the model."""
     site, layer = site or sae.origin.site, layer if layer is not None else sae.origin.layer
     if site is None or layer is None:
         raise ValueError("this SAE does not remember where it was trained: give evaluate(..., site=..., layer=...)")
-    if sae.W_enc.device != lm.device:
-        sae = copy.deepcopy(sae).to(lm.device)  # the caller's stays where it is
-    special = torch.tensor(lm.special_ids, device=lm.device)
     width = capture(lm, [(site, layer)], tokens.ids[:1, :2].to(lm.device))[site, layer].shape[-1]
     if width != sae.d_in:
         raise ValueError(f"{site} of layer {layer} of {lm.name} has width {width}, the SAE expects d_in = {sae.d_in}: "
                          "wrong site, layer or model")
-    names, document = tokens.document.unique(return_inverse=True)
-    sums = _Sums(len(names), sae.d_in, sae.d_sae, lm.device)
-    l0_per_token = []
-    starts = tqdm(range(0, len(tokens), batch_rows), desc="evaluating", unit="batch", mininterval=1)
-    for start in starts:
-        ids = tokens.ids[start : start + batch_rows].to(lm.device)
-        owner = document[start : start + batch_rows, None].to(lm.device).expand_as(ids)
-        keep = ~torch.isin(ids, special)
-
-        def replace(value: torch.Tensor, keep=keep, owner=owner) -> torch.Tensor:
-            x = value[keep].to(sae.W_enc.dtype)
-            acts = sae.encode(x, sparse=True)
-            x_hat = sae.decode(acts)
-            l0_per_token.append(sums.add_activations(x, x_hat, acts, owner[keep]).cpu())
-            return value.index_put((keep,), x_hat.to(value.dtype))
-
-        clean = lm.model(ids).logits.float()
-        with splice(lm, site, layer, replace):
-            spliced = lm.model(ids).logits.float()
-        counted = keep[:, :-1] & keep[:, 1:]
-        log_p, log_q = clean[:, :-1][counted].log_softmax(-1), spliced[:, :-1][counted].log_softmax(-1)
-        target, owners = ids[:, 1:][counted], owner[:, :-1][counted]
-        sums.predicted.index_add_(0, owners, torch.ones_like(owners, dtype=torch.float64))
-        sums.loss.index_add_(0, owners, F.nll_loss(log_p, target, reduction="none").double())
-        sums.spliced.index_add_(0, owners, F.nll_loss(log_q, target, reduction="none").double())
-        sums.kl.index_add_(0, owners, (log_p.exp() * (log_p - log_q)).sum(-1).double())
-    if not sums.tokens.sum() > 0:
-        raise ValueError("every token is a special one (BOS, EOS or pad): nothing to evaluate")
-    if not sums.predicted.sum() > 0:
-        raise ValueError("no two neighbouring tokens are both not special: there is no loss to compare; give longer rows")
-    return sums.report(torch.cat(l0_per_token))
+    return site, layer

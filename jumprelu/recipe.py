@@ -52,6 +52,10 @@ class TrainConfig:
     """λ_P of the pre-activation loss that goes with "tanh"; 0 leaves it out."""
     k: int = 32
     """Active latents a token, for "topk" and "batchtopk"."""
+    topk_buckets: int | None = None
+    """For "topk", an approximation: latent i is dealt into bucket i mod this, each bucket gives its largest pre-activation,
+    and the k largest of those are kept: no search over all of d_sae, as in TPUs' approximate top-k. At least k, at most
+    d_sae; at d_sae, and with None, it is exact. It is of training alone: the finished SAE keeps the exact k largest."""
     k_aux: int = 256
     aux_coefficient: float = 1 / 32
     """Weight of AuxK, for "topk" and "batchtopk"."""
@@ -62,6 +66,10 @@ class TrainConfig:
     bandwidth_end: float | None = None
     """If given, ε falls geometrically from `bandwidth` to this over `bandwidth_anneal` of the run."""
     bandwidth_anneal: float = 0.8
+    bandwidth_by_density: float = 0.0
+    """An exponent a, for "jumprelu": latent i trains with ε_i = ε·(p_i/p̃)^(−a), kept within a factor of 4 of ε. p_i is the
+    density of its pre-activations at its threshold, a running mean; p̃ the median of those above 0. 0: one ε for all. 1/3
+    minimises bias² + variance of the gradient where its bias is of first order in ε (notebook 01) and goes as p_i too."""
     kernel: str = "rectangle"
     ste_to_z: bool = False
     """Let the estimators' pseudo-gradient reach the pre-activations too: an ablation, off in the paper."""
@@ -117,6 +125,17 @@ class TrainConfig:
         if self.sparsity < 0 or (self.bandwidth_end is not None and self.bandwidth_end <= 0):
             raise ValueError("sparsity must be 0 or more and bandwidth_end above 0, got "
                              f"{self.sparsity} and {self.bandwidth_end}")
+        if not 0 <= self.bandwidth_by_density < math.inf:
+            raise ValueError(f"bandwidth_by_density is an exponent of 0 or more, got {self.bandwidth_by_density}")
+        if self.bandwidth_by_density and self.architecture != "jumprelu":
+            raise ValueError(f"bandwidth_by_density = {self.bandwidth_by_density} needs thresholds that are trained, and "
+                             f"{self.architecture} has none: leave it at 0 or choose architecture 'jumprelu'")
+        if self.topk_buckets is not None and self.architecture != "topk":
+            raise ValueError(f"topk_buckets = {self.topk_buckets} is for architecture 'topk', not {self.architecture!r}: "
+                             "leave it at None")
+        if self.topk_buckets is not None and not self.k <= self.topk_buckets <= self.d_sae:
+            raise ValueError(f"topk_buckets must be from k = {self.k} to d_sae = {self.d_sae}, got {self.topk_buckets}: each "
+                             "bucket gives one latent, of which k are kept")
         if self.architecture in ("topk", "batchtopk") and self.k > self.d_sae:
             raise ValueError(f"k = {self.k} latents cannot be active of d_sae = {self.d_sae}")
 

@@ -8,7 +8,8 @@ Notable here:
 - what is committed is free of times, ids and paths, so that the same machine writes the same bytes every time.
   Seconds and memory go to `timings.json` in the cache and to the closing table.
 - the default profile is the notebooks' own parameters. The results of any other profile stay out of the tree, in
-  the cache, under `profiles/<name>`.
+  the cache, under `profiles/<name>`, until `make publish PROFILE=<name>` copies them to `figures/<name>`.
+- after a run of the default profile, the ledger of claims and its table in README are made again (`claims.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import logging
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -37,6 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .cache import source_closure
+from .claims import write_ledger
 from .files import cache_root, digest, read_json, sha256, write_json, write_text
 from .profiles import DEFAULT_PROFILE, Notebook, check_profile, find_notebooks
 
@@ -259,17 +262,8 @@ def run_notebook(root: Path, notebook: Notebook, profile: str, changed: dict[str
     with tempfile.TemporaryDirectory(dir=base, prefix=".figures-") as staging:  # on the same disk as where it goes
         executed, monitor = _execute(notebook, changed, given["threads"], Path(staging), kept, console)
         text = nbformat.writes(scrub(executed)) + "\n"
-        write_json(Path(staging) / f"{notebook.name}.manifest.json", given | {"figures": _figure_hashes(Path(staging))})
-        made = sorted(path.name for path in Path(staging).iterdir())
-        foreign = [name for name in made if not name.startswith(f"{notebook.number}_")]
-        if foreign:
-            raise Failed(f"because it wrote {foreign[0]}: what it writes must be named {notebook.number}_…, after its number")
-        figures.mkdir(exist_ok=True)
-        for old in figures.glob(f"{notebook.number}_*"):
-            if old.name not in made:
-                old.unlink()  # of a figure that this notebook no longer makes
-        for name in made:
-            os.replace(Path(staging) / name, figures / name)
+        write_json(Path(staging) / f"{notebook.name}.manifest.json", given | _table_hashes(Path(staging), notebook))
+        made = _put_into_place(Path(staging), figures, notebook)
     write_text(base / "notebooks" / f"{notebook.name}.ipynb", text)
     kept.unlink(missing_ok=True)
     cost = {"seconds": round(time.monotonic() - monitor.started, 1), "peak_mb": round(monitor.peak / 2**20)}
@@ -281,8 +275,31 @@ def run_notebook(root: Path, notebook: Notebook, profile: str, changed: dict[str
     return {**cost, "state": "done", "facts": _facts(figures, notebook)}
 
 
-def _figure_hashes(folder: Path) -> dict[str, str]:
-    return {path.stem: sha256(path)[:16] for path in sorted(folder.glob("*.csv"))}
+def results_of(figures: Path, notebook: Notebook) -> list[str]:
+    """Names of the files in a figures folder that a notebook made: NN_… and its claims."""
+    return sorted(path.name for path in [*figures.glob(f"{notebook.number}_*"), *figures.glob(f"claims_{notebook.number}.csv")])
+
+
+def _table_hashes(figures: Path, notebook: Notebook) -> dict[str, Any]:
+    """What a manifest says of the tables: "figures", by name, and "claims" if the notebook makes any."""
+    hashes = {Path(name).stem: sha256(figures / name)[:16] for name in results_of(figures, notebook) if name.endswith(".csv")}
+    claims = hashes.pop(f"claims_{notebook.number}", None)
+    return {"figures": hashes} | ({"claims": claims} if claims else {})
+
+
+def _put_into_place(staging: Path, figures: Path, notebook: Notebook) -> list[str]:
+    """Move what is in `staging` to `figures`, in place of all that the notebook had there; returns the names."""
+    made = sorted(path.name for path in staging.iterdir())
+    foreign = sorted(set(made) - set(results_of(staging, notebook)))
+    if foreign:
+        raise Failed(f"because it wrote {foreign[0]}: what it writes must be named {notebook.number}_…, after its number "
+                     f"(or be its claims_{notebook.number}.csv)")
+    figures.mkdir(exist_ok=True, parents=True)
+    for old in set(results_of(figures, notebook)) - set(made):
+        (figures / old).unlink()  # of a figure that this notebook no longer makes
+    for name in made:
+        os.replace(staging / name, figures / name)
+    return made
 
 
 def _facts(figures: Path, notebook: Notebook) -> dict[str, Any]:
@@ -319,7 +336,74 @@ def reproduce(root: Path, profile: str = DEFAULT_PROFILE, number: str | None = N
         console.print(facts)
     if succeeded and profile != DEFAULT_PROFILE:
         console.print(f"notebooks and figures of this profile: {cache_root() / 'profiles' / profile}", soft_wrap=True)
+    if succeeded and profile == DEFAULT_PROFILE:
+        _renew_ledger(root, console)
     return succeeded
+
+
+def _renew_ledger(root: Path, console: Console) -> None:
+    if (root / "pyproject.toml").exists():  # a checkout: elsewhere, README is somebody else's
+        for path in write_ledger(root, readme=True):
+            console.print(f"{path.relative_to(root)}: the claims are written again")
+
+
+# ---- publishing another profile ---------------------------------------------------------------------------------
+
+
+def finished(figures: Path, notebook: Notebook) -> dict[str, Any] | None:
+    """The manifest of a notebook's results in a figures folder if they are there and as its run left them, else None."""
+    path = figures / f"{notebook.name}.manifest.json"
+    manifest = read_json(path) if path.exists() else {}
+    made = _table_hashes(figures, notebook)
+    return manifest if manifest and made == {name: manifest[name] for name in ("figures", "claims") if name in manifest} else None
+
+
+def publish(root: Path, profile: str, number: str | None = None, console: Console | None = None) -> None:
+    """Copy a profile's finished results from the cache to `figures/<profile>`, where they can be committed.
+
+    For each notebook (or the one with this number) that has a finished run: PNGs, tables, facts, manifest and claims; no
+    PDFs, which are large. `costs.json` beside them says the device and, if the run was made here, seconds and memory.
+    What was published of other notebooks stays. Then the ledger is made again.
+
+    Raises ValueError for the default profile, FileNotFoundError for an unknown one and if no run has finished.
+    """
+    console = console or Console()
+    if profile == DEFAULT_PROFILE:
+        raise ValueError(f"the results of {profile} are in figures/ as they are: choose another profile with --profile")
+    changed = check_profile(root, profile)
+    source, target = cache_root() / "profiles" / profile / "figures", root / "figures" / profile
+    chosen = {notebook: finished(source, notebook) for notebook in find_notebooks(root, number)}
+    if not any(chosen.values()):
+        which = f"notebook {number}" if number else "any notebook"
+        raise FileNotFoundError(f"{source} has no finished run of {which}: first `make reproduce PROFILE={profile}`")
+    for notebook, manifest in chosen.items():
+        if manifest is None:
+            console.print(f"{notebook.name}: no finished run, nothing to publish")
+            continue
+        with tempfile.TemporaryDirectory(dir=root, prefix=".figures-") as staging:
+            for name in results_of(source, notebook):
+                if not name.endswith(".pdf"):
+                    shutil.copyfile(source / name, Path(staging) / name)
+            _put_into_place(Path(staging), target, notebook)
+        costs = target / "costs.json"
+        cost = {"device": manifest["device"], "threads": manifest["threads"]} | _cost_of(profile, notebook, manifest)
+        write_json(costs, (read_json(costs) if costs.exists() else {}) | {notebook.name: cost})
+        now = conditions(root, notebook, changed[notebook.number])
+        older = [name for name in ("source", "code", "parameters", "data", "measured") if manifest.get(name) != now[name]]
+        note = f"; its {', '.join(older)} changed since it ran: `make reproduce PROFILE={profile}` runs it again" if older else ""
+        console.print(f"{notebook.name}: published{note}", soft_wrap=True)
+    _renew_ledger(root, console)
+
+
+def _cost_of(profile: str, notebook: Notebook, manifest: dict[str, Any]) -> dict[str, float]:
+    """Seconds and memory of the run that a manifest is of, or {} if it is not the last one made here."""
+    stamp_file = cache_root() / "stamps" / f"{profile}-{notebook.name}.json"
+    stamp = read_json(stamp_file) if stamp_file.exists() else {}
+    given = {name: value for name, value in manifest.items() if name not in ("figures", "claims")}
+    return stamp["cost"] if stamp.get("key") == digest(given) else {}
+
+
+# ---- the command line -------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None, root: Path | None = None) -> int:
@@ -330,6 +414,7 @@ def main(arguments: list[str] | None = None, root: Path | None = None) -> int:
     parser.add_argument("--profile", default=DEFAULT_PROFILE, help="a file of notebooks/profiles (default: %(default)s)")
     parser.add_argument("--notebook", metavar="NN", help="only the notebook with this number")
     parser.add_argument("--force", action="store_true", help="run also what is up to date")
+    parser.add_argument("--publish", action="store_true", help="run nothing; copy the profile's finished results to figures/")
     parser.add_argument("--list", action="store_true", help="list notebooks, profiles and parameters, and run nothing")
     given = parser.parse_args(arguments)
     try:
@@ -341,6 +426,9 @@ def main(arguments: list[str] | None = None, root: Path | None = None) -> int:
                 for name, (annotation, default) in notebook.parameters().items():
                     value = changed[notebook.number].get(name, default)
                     print(f"  {name}: {annotation or 'any'} = {value!r}")
+            return 0
+        if given.publish:
+            publish(root, given.profile, given.notebook)
             return 0
         return 0 if reproduce(root, given.profile, given.notebook, given.force) else 1
     except (ValueError, FileNotFoundError) as error:

@@ -1,6 +1,6 @@
 """Where the time of a training step goes: by arithmetic, by function, and by the density of the batch.
 
-The numbers of `make benchmark` that concern this package alone; notebook 03 draws them.
+The numbers of `make benchmark` that concern this package alone; notebook 10 draws them.
 """
 
 from __future__ import annotations

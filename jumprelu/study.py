@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 import torch
 
 from .activations import Activations
 from .cache import remember
 from .corpus import Tokens
+from .frontier import at_l0
 from .lm import LM
 from .metrics import Report, evaluate
 from .recipe import TrainConfig
@@ -59,27 +59,12 @@ def l0_histogram(scores: dict[str, Report], bins: int = 60) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def fvu_at(frontier: pd.DataFrame, l0: float) -> float:
-    """FVU of a frontier (rows with columns l0, fvu) at an L0, linear in log L0; NaN outside of it."""
-    ordered = frontier.sort_values("l0")
-    return float(np.interp(np.log(l0), np.log(ordered.l0), ordered.fvu, left=np.nan, right=np.nan))
-
-
-def matched_ratio(frontier: pd.DataFrame, other: pd.DataFrame) -> float:
-    """FVU of a frontier over that of another at the same L0: mean over those of its points that lie within the other's range.
-
-    Both: rows with columns l0, fvu. NaN where they do not overlap.
-    """
-    ratios = pd.Series([row.fvu / fvu_at(other, row.l0) for row in frontier.itertuples()], dtype=float)
-    return float(ratios.mean())
-
-
 def bandwidth_table(acts: Activations, lm: LM, tokens: Tokens, config: TrainConfig, runs: Sequence[TrainResult],
                     others: Sequence[float], sparsities: Sequence[float]) -> pd.DataFrame:
     """`config`, of which `runs` are the seeds, at `others` bandwidths too, and at its own with the prices `sparsities`.
 
     One row a run: bandwidth, sparsity, seed, the metrics of :func:`score_table`, threshold_travel (mean |log θ − log θ_init|),
-    and fvu_ratio: FVU over that of the same seed's runs at `config.bandwidth` at the same L0 (:func:`fvu_at`).
+    and fvu_ratio: FVU over that of the same seed's runs at `config.bandwidth` at the same L0 (:func:`jumprelu.frontier.at_l0`).
     """
     settings = [(bandwidth, config.sparsity) for bandwidth in others] + [(config.bandwidth, price) for price in sparsities]
     changed = [dataclasses.replace(config, bandwidth=bandwidth, sparsity=price, seed=seed)
@@ -93,5 +78,5 @@ def bandwidth_table(acts: Activations, lm: LM, tokens: Tokens, config: TrainConf
         tables.append(table)
     table = pd.concat(tables, ignore_index=True)
     own = table[table.bandwidth == config.bandwidth]
-    table["fvu_ratio"] = [row.fvu / fvu_at(own[own.seed == row.seed], row.l0) for row in table.itertuples()]
+    table["fvu_ratio"] = [row.fvu / at_l0(own[own.seed == row.seed], row.l0) for row in table.itertuples()]
     return table

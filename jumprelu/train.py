@@ -115,7 +115,8 @@ class _State:
 def _advance(state: _State, x: torch.Tensor, log_this: bool) -> dict[str, float] | None:
     """One optimiser step on a normalised batch x: [batch, d_in]; returns a log row when asked to."""
     config, trainee = state.config, state.trainee
-    sparsity, bandwidth = sparsity_at(config, state.step), bandwidth_at(config, state.step)
+    sparsity, base = sparsity_at(config, state.step), bandwidth_at(config, state.step)
+    bandwidth = trainee.bandwidths(base)
     out = trainee(x, bandwidth)
     terms = trainee.loss(x, out, sparsity, bandwidth, dead=state.silent >= config.dead_after)
     row = None
@@ -125,9 +126,10 @@ def _advance(state: _State, x: torch.Tensor, log_this: bool) -> dict[str, float]
         active = (out.acts > 0).float()
         fired = out.layout.per_latent(active) > 0
         state.silent = (state.silent + len(x)) * ~fired
+        trainee.update_density(out, bandwidth)
         if log_this:
             row = {
-                "step": state.step, "tokens": state.step * config.batch_size, "sparsity": sparsity, "bandwidth": bandwidth,
+                "step": state.step, "tokens": state.step * config.batch_size, "sparsity": sparsity, "bandwidth": base,
                 **{f"loss_{name}": term.item() for name, term in terms.items()},
                 "l0": active.sum().item() / len(x),
                 "fvu": ((x - out.x_hat).square().sum() / (x - x.mean(0)).square().sum()).item(),
@@ -148,7 +150,7 @@ def _advance(state: _State, x: torch.Tensor, log_this: bool) -> dict[str, float]
     return row
 
 
-def _resample(state: _State, x: torch.Tensor, bandwidth: float) -> None:
+def _resample(state: _State, x: torch.Tensor, bandwidth: float | torch.Tensor) -> None:
     replaced = state.trainee.resample(x, state.silent >= state.config.dead_after, bandwidth, state.generator)
     for name, moments in state.optimizer.moments.items():
         for moment in moments.values():  # a new latent starts with Adam's memory empty
@@ -318,7 +320,7 @@ def train(acts: Activations, config: TrainConfig, out: str | Path | None = None,
     return _train_all(acts, [config], [Path(out) if out is not None else None], device, checkpoint_seconds, log_rows)[0]
 
 
-def train_many(acts: Activations, configs: Sequence[TrainConfig], out: str | Path | None = None,
+def train_many(acts: Activations, configs: Sequence[TrainConfig], out: str | Path | Sequence[str | Path] | None = None,
                device: str | torch.device | None = None, checkpoint_seconds: float = 60,
                log_rows: int = 100) -> list[TrainResult]:
     """Train an SAE for each of `configs`, in their order in the result; each is, bit for bit, that of :func:`train`.
@@ -328,8 +330,8 @@ def train_many(acts: Activations, configs: Sequence[TrainConfig], out: str | Pat
     The weights, gradients and Adam's moments of all unfinished runs are in memory at once.
 
     out: folder in which every run has a folder of its own, "architecture-digest of its configuration", as :func:`train` would
-    write it. Given again, finished runs are read back and interrupted ones go on, bit for bit, also when configurations were
-    added, left out or put into another order. Other arguments as for :func:`train`.
+    write it; or one folder for each run. Given again, finished runs are read back and interrupted ones go on, bit for bit, also
+    when configurations were added, left out or put into another order. Other arguments as for :func:`train`.
 
     Raises what :func:`train` does, and ValueError if a configuration is there twice. If one run diverges, the error names it
     and with `out` nothing is lost of the others: mend or leave out its configuration and call again.
@@ -338,5 +340,10 @@ def train_many(acts: Activations, configs: Sequence[TrainConfig], out: str | Pat
     for number, name in enumerate(names):
         if names.index(name) < number:
             raise ValueError(f"configs[{names.index(name)}] and configs[{number}] are the same: leave one out or change a seed")
-    folders = [Path(out) / name if out is not None else None for name in names]
+    if out is None or isinstance(out, str | Path):
+        folders = [Path(out) / name if out is not None else None for name in names]
+    elif len(out) == len(names):
+        folders = [Path(folder) for folder in out]
+    else:
+        raise ValueError(f"{len(out)} folders for {len(names)} configurations: give one for each, or one for all")
     return _train_all(acts, configs, folders, device, checkpoint_seconds, log_rows)

@@ -66,7 +66,7 @@ def test_the_imports_are_declared(root, project):
     distribution = {"yaml": "pyyaml", "IPython": "ipython"}
     declared = {canonicalize_name(requirement.name) for requirement in requirements(project)}
     used = set()
-    for path in (root / "jumprelu").glob("*.py"):
+    for path in (root / "jumprelu").rglob("*.py"):
         used |= set(re.findall(r"^\s*(?:from|import) ([A-Za-z_]+)", path.read_text(), re.MULTILINE))
     known = {canonicalize_name(distribution.get(name, name)) for name in used if name not in sys.stdlib_module_names}
     installed = {name for name in known if is_installed(name)}

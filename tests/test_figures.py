@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,11 +17,15 @@ import pandas as pd
 import pytest
 
 from jumprelu import figures, plots
+from jumprelu.cache import source_closure
 from jumprelu.figures import facts, read_figure_data, save_figure
+from jumprelu.profiles import find_notebooks
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def lines(data: pd.DataFrame) -> plt.Figure:
-    """A function from data to figure, as those of plots.py."""
+    """A function from data to figure, as those of plots."""
     fig, ax = plt.subplots()
     for name in data["name"].unique():
         rows = data[data["name"] == name]
@@ -134,3 +142,58 @@ def test_what_the_benchmark_measured_is_read_from_the_checkout(tmp_path, monkeyp
     (tmp_path / "benchmark.csv").write_text("a,b\n1,2\n")
     (tmp_path / "benchmark.json").write_text('{"threads": 2}')
     assert figures.read_measured("benchmark.csv").b.tolist() == [2] and figures.read_measured("benchmark.json") == {"threads": 2}
+
+
+# ---- the package plots ----
+
+
+def test_a_figure_is_in_the_file_of_its_notebook():
+    files = {file.name for file in pkgutil.iter_modules(plots.__path__)}
+    assert not files & set(plots.__all__)  # a file would stand in the way of the function
+    for csv in sorted((ROOT / "figures").glob("[0-9][0-9]_*.csv")):
+        number, name = csv.stem.split("_", 1)
+        module = getattr(plots, name).__module__
+        assert name in plots.__all__ and module.startswith(f"jumprelu.plots.n{number}_"), f"{csv.stem} is drawn in {module}"
+
+
+@pytest.fixture
+def changed(tmp_path, monkeypatch):
+    """changed(file, old, new): the notebooks whose code is another one after an edit in a copy of the package."""
+    package = "companion"
+    folder = tmp_path / package
+    shutil.copytree(ROOT / "jumprelu", folder, ignore=shutil.ignore_patterns("__pycache__", "lm"))
+    monkeypatch.syspath_prepend(tmp_path)
+    codes = {each.number: re.sub(r"\bjumprelu\b", package, each.code()) for each in find_notebooks(ROOT)}
+
+    def closures():
+        return {number: source_closure(code, package) for number, code in codes.items()}
+
+    before = closures()
+
+    def after(file, old, new):
+        path = folder / file
+        source = path.read_text(encoding="utf-8")
+        assert source.count(old) == 1
+        path.write_text(source.replace(old, new), encoding="utf-8")
+        now = closures()
+        path.write_text(source, encoding="utf-8")
+        return {number for number in codes if now[number] != before[number]}
+
+    yield after
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        del sys.modules[name]
+
+
+def test_an_edited_figure_concerns_the_notebooks_that_show_it_and_no_other(changed):
+    shown = {each.number: set(re.findall(r"\bplots\.(\w+)", each.code())) for each in find_notebooks(ROOT)}
+    for name in plots.__all__:
+        file = f"plots/{getattr(plots, name).__module__.rpartition('.')[2]}.py"
+        users = {number for number, names in shown.items() if name in names}
+        assert users and changed(file, f"def {name}(", f"def {name}(edited=True, *, ") == users, name
+
+
+def test_the_style_concerns_every_figure_and_a_shared_part_those_that_use_it(changed):
+    with_figures = {each.number for each in find_notebooks(ROOT) if "plots." in each.code()}
+    assert changed("figures.py", "plt.style.use(", "plt.style.use(*[], ") >= with_figures
+    users = changed("plots/common.py", "ax.margins(x=0.25)", "ax.margins(x=0.2)")
+    assert "02" in users and not users & {"00", "01", "10"}

@@ -1,8 +1,6 @@
 """The public names from end to end, on models that the package has never seen: no tokenizer, other widths and vocabularies."""
 
-import math
 
-import pandas as pd
 import pytest
 import torch
 
@@ -41,12 +39,6 @@ def test_another_models_sae_is_refused(tmp_path):
         jr.evaluate(sae, other, random_ids(4, 12))
 
 
-def test_fvu_at_an_l0():
-    frontier = pd.DataFrame({"l0": [100.0, 1.0], "fvu": [0.1, 0.5]})
-    assert study.fvu_at(frontier, 10.0) == pytest.approx(0.3)  # half way in log L0
-    assert math.isnan(study.fvu_at(frontier, 200.0)) and math.isnan(study.fvu_at(frontier, 0.5))
-
-
 def test_studies(tmp_path, monkeypatch):
     """Seeds are trained and scored once, and remembered; tables have a row where they say so."""
     monkeypatch.setenv("JUMPRELU_CACHE", str(tmp_path / "cache"))
@@ -71,10 +63,3 @@ def test_studies(tmp_path, monkeypatch):
     assert [(b, s) for b, s in zip(table.bandwidth, table.sparsity, strict=True)][::2] == [(0.1, 1e-3), (0.3, 1e-3), (0.1, 0.1)]
     assert table.fvu_ratio[table.bandwidth == 0.1].tolist() == pytest.approx([1] * 4)  # a frontier against itself
     assert study.score_table("x", scores).l0.tolist() == [score.l0.value for score in scores]
-
-
-def test_frontiers_are_compared_at_equal_l0():
-    mine = pd.DataFrame({"l0": [5.0, 10.0, 1000.0], "fvu": [0.5, 0.15, 0.1]})
-    other = pd.DataFrame({"l0": [10.0, 100.0, 1.0], "fvu": [0.3, 0.2, 0.6]})
-    assert study.matched_ratio(mine, other) == pytest.approx((0.5 / study.fvu_at(other, 5.0) + 0.5) / 2)  # 1000 is outside
-    assert math.isnan(study.matched_ratio(mine[mine.l0 > 500], other))

@@ -39,6 +39,12 @@ def test_paper_recipe():
     ({"lr_warmup": 1000}, "lr_warmup is a share of the run"),
     ({"sparsity": -1.0}, "sparsity must be 0 or more"),
     ({"architecture": "topk", "k": 9, "d_sae": 8}, "k = 9 latents cannot be active"),
+    ({"bandwidth_by_density": -0.5}, "bandwidth_by_density is an exponent of 0 or more, got -0.5"),
+    ({"bandwidth_by_density": math.nan}, "bandwidth_by_density is an exponent of 0 or more"),
+    ({"architecture": "gated", "bandwidth_by_density": 0.3}, "needs thresholds that are trained, and gated has none"),
+    ({"architecture": "topk", "k": 9, "topk_buckets": 8}, "topk_buckets must be from k = 9 to d_sae = 4096, got 8"),
+    ({"architecture": "topk", "topk_buckets": 5000}, "topk_buckets must be from k = 32 to d_sae = 4096, got 5000"),
+    ({"architecture": "batchtopk", "topk_buckets": 512}, "topk_buckets = 512 is for architecture 'topk', not 'batchtopk'"),
 ])  # fmt: skip
 def test_bad_configurations_are_explained(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -42,7 +42,7 @@ import pandas as pd
 import toyplots
 from jumprelu.figures import facts, save_figure
 
-importlib.import_module("jumprelu.plots").line = toyplots.line  # stands for a function of plots.py
+importlib.import_module("jumprelu.plots").line = toyplots.line  # stands for a function of plots
 
 # %% tags=["parameters"]
 steps: int = 3  # points
@@ -208,6 +208,69 @@ def test_figures_of_another_number_are_refused(light, capsys):
     assert main([], light) == 1
     assert "it wrote 04_x.csv" in capsys.readouterr().out
     assert not (light / "figures").exists() and not list(light.glob(".figures-*"))
+
+
+CLAIM = """from jumprelu.claims import claim, ledger
+from jumprelu.intervals import Interval
+seen = Interval(2.0, 1.0, 3.0)
+ledger("05", [claim("J1", "ours", "It is positive.", "size", seen, (0, float("inf")), "05_size")])"""
+
+
+def test_claims_travel_with_the_figures_and_other_profiles_can_be_published(light, capsys):
+    source, readme = light / "notebooks/05_light.py", light / "README.md"
+    (light / "pyproject.toml").touch()  # a checkout
+    readme.write_text("<!-- claims -->\n<!-- /claims -->\n")
+    profile(light, '"05": {mode: other}\n')
+    assert main(["--publish", "--profile", "smoke"], light) == 2
+    assert "no finished run of any notebook: first `make reproduce PROFILE=smoke`" in capsys.readouterr().err
+    assert main(["--publish"], light) == 2 and "choose another profile" in capsys.readouterr().err
+
+    source.write_text(LIGHT.replace("print(mode)", CLAIM))
+    assert main([], light) == 0
+    assert "README.md: the claims are written again" in capsys.readouterr().out
+    manifest = json.loads((light / "figures/05_light.manifest.json").read_text())
+    assert manifest["figures"] == {} and manifest["claims"] == reproduce.sha256(light / "figures/claims_05.csv")[:16]
+    first = tree(light)
+    assert {"figures/claims_05.csv", "figures/claims.csv"} < set(first) and readme.read_text().count("| J1 |") == 1
+    readme.write_text(readme.read_text().replace("| J1 |", "| J2 |"))
+    assert main([], light) == 0
+    printed = capsys.readouterr().out
+    assert "05_light: up to date" in printed and "README.md: the claims" in printed and tree(light) == first
+
+    assert main(["--profile", "smoke"], light) == 0
+    cached = reproduce.cache_root() / "profiles/smoke/figures"
+    assert (cached / "claims_05.csv").exists() and tree(light) == first
+    (cached / "05_x.pdf").touch()
+    target = light / "figures/smoke"
+    target.mkdir()
+    (target / "05_gone.png").touch()
+    (target / "04_other.png").touch()
+    assert main(["--publish", "--profile", "smoke", "--notebook", "05"], light) == 0
+    assert "05_light: published\n" in capsys.readouterr().out
+    published = {"04_other.png", "05_light.manifest.json", "claims_05.csv", "costs.json"}
+    assert {path.name for path in target.iterdir()} == published
+    cost = json.loads((target / "costs.json").read_text())["05_light"]
+    assert cost["threads"] == 2 and cost["device"] and cost["seconds"] > 0 and cost["peak_mb"] > 50
+    assert readme.read_text().count("| J1 |") == 2 and "(figures/smoke/05_size.png) | smoke |" in readme.read_text()
+
+    source.write_text(LIGHT)  # it claims nothing any more
+    assert main(["--publish", "--profile", "smoke"], light) == 0
+    assert "its source, code changed since it ran" in capsys.readouterr().out
+    assert main([], light) == 0
+    assert not (light / "figures/claims_05.csv").exists() and readme.read_text().count("| J1 |") == 1
+    (cached / "claims_05.csv").write_text("edited by hand")
+    assert main(["--publish", "--profile", "smoke"], light) == 2
+    assert not list(light.glob(".figures-*"))
+
+
+def test_a_failing_run_leaves_the_ledger(light, capsys):
+    (light / "pyproject.toml").touch()
+    (light / "README.md").write_text("<!-- claims -->\nas it was\n<!-- /claims -->\n")
+    writes = "import os, pathlib; pathlib.Path(os.environ['JUMPRELU_FIGURES'], 'claims_04.csv').touch()"
+    (light / "notebooks/05_light.py").write_text(LIGHT.replace("print(mode)", writes))
+    assert main([], light) == 1
+    assert "it wrote claims_04.csv" in capsys.readouterr().out
+    assert not (light / "figures").exists() and "as it was" in (light / "README.md").read_text()
 
 
 def test_a_kernel_that_does_not_start_gets_a_second_chance(light, capsys, tmp_path, monkeypatch):

@@ -79,6 +79,51 @@ def test_gradients_of_every_estimator(kernel, ste_to_z, log_threshold, monkeypat
     assert len(out.layout) > (out.acts > 0).sum()  # the window holds inactive entries too: they train θ
 
 
+@pytest.mark.parametrize("ste_to_z", [False, True])
+@pytest.mark.parametrize("kernel", jr.estimators.KERNELS)
+@pytest.mark.parametrize("loss", SPARSITY_LOSSES["jumprelu"])
+def test_gradients_with_a_bandwidth_per_latent(loss, kernel, ste_to_z, monkeypatch):
+    subject = trainee(TrainConfig(sparsity_loss=loss, d_sae=D_SAE, l0_target=4.0, kernel=kernel, ste_to_z=ste_to_z))
+    widths = torch.logspace(-2, -0.5, D_SAE)[torch.randperm(D_SAE, generator=torch.Generator().manual_seed(5))]
+    assert_same_step(subject, inputs(), monkeypatch, bandwidth=widths)
+    one = step(subject, inputs(), monkeypatch, 1.0, 0.05)[2]["threshold_parameter"]
+    own = step(subject, inputs(), monkeypatch, 1.0, torch.where(torch.arange(D_SAE) < 9, 0.05, widths))[2]["threshold_parameter"]
+    assert not torch.allclose(one[9:], own[9:])
+    if loss in ("l0", "l1", "tanh", "frequency") and not ste_to_z:  # a latent's θ knows of no other latent's ε
+        torch.testing.assert_close(one[:9], own[:9])
+
+
+@pytest.mark.parametrize("kernel", jr.estimators.KERNELS)
+def test_densities_and_diagnostics_with_a_bandwidth_per_latent(kernel, monkeypatch):
+    """Both layouts measure the same: what dense arithmetic gives on pre-activations computed here."""
+    widths = torch.logspace(-2, -0.5, D_SAE)
+    subject, x = trainee(TrainConfig(d_sae=D_SAE, kernel=kernel, bandwidth_by_density=0.5)), inputs()
+    with torch.no_grad():
+        u = ((x - subject.b_dec) @ subject.W_enc + subject.b_enc - subject.threshold) / widths
+    expected = (jr.estimators.kernel(u, kernel) / widths).mean(0)
+    within = (u.abs() < jr.estimators.REACH[kernel]).float().mean(0)
+    if kernel == "rectangle":
+        torch.testing.assert_close(expected, within / widths)
+    for dense_above in (0.0, 1.0):
+        monkeypatch.setattr(sparse, "DENSE_ABOVE", dense_above)
+        out = subject(x, widths)
+        seen = subject.diagnose(out, subject.loss(x, out, 1e-2, widths, torch.zeros(D_SAE, dtype=torch.bool)), widths)
+        assert seen.window_share == pytest.approx(within.mean().item(), rel=1e-5)
+        subject.density.zero_()
+        subject.update_density(out, widths)
+        torch.testing.assert_close(subject.density, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("buckets", [4, 7, 50, 64, 80, 96])
+def test_gradients_of_approximate_topk(buckets, monkeypatch):
+    config = TrainConfig(architecture="topk", d_sae=D_SAE, k=4, k_aux=8, topk_buckets=buckets)
+    subject, exact = trainee(config), trainee(dataclasses.replace(config, topk_buckets=None))
+    out = assert_same_step(subject, inputs(), monkeypatch)
+    assert ((out.layout.per_token((out.acts > 0).float())) <= 4).all()
+    same = torch.allclose(out.x_hat, exact(inputs(), 0.1, DENSE).x_hat, atol=1e-6)
+    assert same == (buckets == D_SAE)
+
+
 @pytest.mark.parametrize("unit_norm", [False, True])
 @pytest.mark.parametrize("architecture", ["relu", "gated"])
 def test_gradients_with_free_and_fixed_norms(architecture, unit_norm, monkeypatch):
@@ -219,6 +264,48 @@ def test_the_workspace_survives_inference_mode():
     with torch.inference_mode():
         inside = screen(x, W_enc, torch.zeros(64), low)
     assert torch.equal(inside.token, screen(x, W_enc, torch.zeros(64), low).token)
+
+
+def largest_of_buckets(row, k, buckets):
+    """Which columns approximate top-k keeps, as its definition reads."""
+    winners = [max(range(b, len(row), buckets), key=lambda i: row[i]) for b in range(buckets)]
+    return set(sorted(winners, key=lambda i: -row[i])[:k])
+
+
+@pytest.mark.parametrize("d_sae, k, buckets", [(12, 3, 4), (13, 3, 4), (15, 4, 4), (10, 2, 7), (9, 1, 1), (9, 5, 9), (9, 9, 9)])
+def test_buckets_against_their_definition(d_sae, k, buckets):
+    rows = torch.randn(50, d_sae, generator=torch.Generator().manual_seed(0))
+    values, index = sparse.top(rows, k, buckets)
+    assert torch.equal(values, rows.gather(-1, index))
+    assert [set(found) for found in index.tolist()] == [largest_of_buckets(row, k, buckets) for row in rows.tolist()]
+    support = sparse.largest(rows, torch.eye(d_sae), torch.zeros(d_sae), k, buckets)
+    kept = torch.zeros(50, d_sae, dtype=torch.bool).scatter(-1, index, True)
+    assert torch.equal(kept.T.nonzero().int(), torch.stack([support.latent, support.token], -1))
+    torch.testing.assert_close(support.pre, rows.T[kept.T])
+    if buckets == d_sae:
+        assert torch.equal(index.sort().values, rows.topk(k).indices.sort().values)
+
+
+def test_buckets_with_equal_values_keep_k_different_columns():
+    rows = torch.ones(2, 13)
+    assert all(len(set(found)) == 5 for found in sparse.top(rows, 5, 6)[1].tolist())
+
+
+@pytest.mark.parametrize("k, buckets", [(16, 32), (16, 128), (32, 512)])
+def test_recall_of_buckets_is_its_closed_form(k, buckets):
+    """The j-th largest is found if none of the j − 1 larger ones, drawn without replacement, shares its bucket."""
+    d_sae, rows = 1024, 4000
+    others = d_sae // buckets - 1
+    free, expected = 1.0, []
+    for larger in range(k):  # P(none of `larger` columns is one of the `others`)
+        expected.append(free)
+        free *= (d_sae - 1 - others - larger) / (d_sae - 1 - larger)
+    x = torch.randn(rows, d_sae, generator=torch.Generator().manual_seed(1))
+    found = torch.zeros(rows, d_sae).scatter(-1, sparse.top(x, k, buckets)[1], 1.0)
+    recall = found.gather(-1, x.topk(k).indices).mean(0)  # of the largest, the second largest, ...
+    error = (torch.tensor(expected) * (1 - torch.tensor(expected)) / rows).sqrt()
+    assert recall[0] == 1 and ((recall - torch.tensor(expected)).abs() <= 5 * error + 1e-6).all()
+    assert recall.mean().item() == pytest.approx(sum(expected) / k, abs=0.005)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (3, 5), (1, 1), (16, 40)])

@@ -107,6 +107,88 @@ def test_diagnostics_split_the_gradient_of_the_threshold(loss):
     assert seen.sparsity_push == pytest.approx((price * per_activation * K).mean(0).abs().mean().item(), rel=1e-5)
 
 
+# ---- a bandwidth for each latent --------------------------------------------------------------------------------
+
+
+def test_bandwidths_follow_densities():
+    epsilon, config = 0.2, dataclasses.replace(SMALL, d_sae=8, bandwidth_by_density=1 / 3)
+    trainee = Trainee(16, config)
+    assert trainee.bandwidths(epsilon) == epsilon  # nothing is known yet
+    trainee.density[:] = torch.tensor([1.0, 8.0, 1 / 8, 1.0, 1e9, 0.0, 1e-9, 1.0])
+    torch.testing.assert_close(trainee.bandwidths(epsilon), epsilon * torch.tensor([1.0, 1 / 2, 2, 1, 1 / 4, 4, 4, 1]))
+    trainee.density[3:] = 0  # the median is of 1, 8 and 1/8
+    torch.testing.assert_close(trainee.bandwidths(epsilon), epsilon * torch.tensor([1.0, 1 / 2, 2, 4, 4, 4, 4, 4]))
+    plain = Trainee(16, dataclasses.replace(config, bandwidth_by_density=0.0))
+    assert plain.bandwidths(epsilon) == epsilon and "density" not in plain.state_dict()
+
+
+def test_density_is_that_of_normal_pre_activations():
+    """One normal input a latent: the density at θ is known, and so is the running mean of two different batches."""
+    trainee = Trainee(3, dataclasses.replace(SMALL, d_sae=3, bandwidth_by_density=1 / 3))
+    scale, theta = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0.3, 0.8, 2.5])
+    trainee.W_enc.data, trainee.threshold_parameter.data = torch.diag(scale), theta.log()
+    x = torch.randn(200_000, 3, generator=torch.Generator().manual_seed(0))
+    widths = torch.tensor([0.05, 0.1, 0.2])
+    trainee.update_density(trainee(x, widths), widths)
+    first, exact = trainee.density.clone(), torch.exp(-(theta / scale).square() / 2) / scale / (2 * torch.pi) ** 0.5
+    torch.testing.assert_close(first, exact, rtol=0.04, atol=0)
+    trainee.update_density(trainee(x - 100, 0.1), 0.1)  # nowhere near θ
+    torch.testing.assert_close(trainee.density, 0.98 * first)
+    trainee.update_density(trainee(x, widths), widths)
+    torch.testing.assert_close(trainee.density, 0.98**2 * first + 0.02 * first)
+
+
+def test_training_with_a_bandwidth_per_latent(acts):
+    """The first step knows no density and is that of one ε; every later one uses the densities of those before it."""
+    config = dataclasses.replace(SMALL, bandwidth_by_density=1 / 3, threshold_lr=3.0)
+    states = [_State(acts, each, torch.device("cpu")) for each in (SMALL, config)]
+    states[0].config = dataclasses.replace(SMALL, threshold_lr=3.0)
+    batches = acts.batches(config.batch_size, seed=config.seed)
+    for number in range(12):
+        x = next(batches) / states[0].input_scale
+        trainee, widths = states[1].trainee, states[1].trainee.bandwidths(config.bandwidth)
+        pre = ((x - trainee.b_dec) @ trainee.W_enc + trainee.b_enc).detach()
+        share = ((pre - trainee.threshold.detach()).abs() < widths / 2).float().mean(0)
+        expected = trainee.density + (0.02 if number else 1.0) * (share / widths - trainee.density)
+        rows = [_advance(state, x, log_this=True) for state in states]
+        torch.testing.assert_close(trainee.density, expected, rtol=1e-3, atol=1e-4)
+        assert rows[0]["bandwidth"] == rows[1]["bandwidth"] == config.bandwidth
+        same = torch.equal(states[0].trainee.threshold_parameter, states[1].trainee.threshold_parameter)
+        assert same == (number == 0)
+    widths = states[1].trainee.bandwidths(config.bandwidth)
+    assert config.bandwidth / 4 <= widths.min() < 0.9 * widths.max() <= 0.9 * config.bandwidth * 4
+    order = states[1].trainee.density.argsort()
+    assert (widths[order].diff() <= 0).all()
+    log = train(acts, dataclasses.replace(config, steps=200), device="cpu").log
+    assert log.fvu.iloc[-1] < 0.5 * log.fvu.iloc[0]
+
+
+def test_a_resampled_latent_begins_with_the_bandwidth_of_all(acts):
+    state = _State(acts, dataclasses.replace(SMALL, bandwidth_by_density=1.0), torch.device("cpu"))
+    trainee, x, dead = state.trainee, planted(256)[0] / state.input_scale, torch.arange(48) == 7
+    trainee.resample(x, dead, 0.1, state.generator)
+    assert not trainee.density.any()
+    trainee.density[:] = torch.linspace(0, 2, 48)
+    trainee.resample(x, dead, trainee.bandwidths(0.1), state.generator)
+    assert trainee.bandwidths(0.1)[7] == pytest.approx(0.1) and trainee.bandwidths(0.1)[8] > 0.2
+
+
+def test_approximate_topk_learns_and_its_sae_is_exact(acts):
+    config = dataclasses.replace(SMALL, architecture="topk", steps=200, topk_buckets=20)
+    sae, log = train(acts, config, device="cpu")
+    exact = train(acts, dataclasses.replace(config, topk_buckets=None), device="cpu")
+    assert log.fvu.iloc[-1] < 0.5 * log.fvu.iloc[0]
+    assert not torch.equal(sae.W_dec, exact.sae.W_dec)
+    x = planted(300)[0]
+    pre = (x @ sae.W_enc + sae.b_enc).relu()
+    assert torch.equal((sae.encode(x) > 0).sum(-1), (pre > 0).sum(-1).clamp_max(3)) and sae.k == 3
+    top = pre.topk(3).values
+    torch.testing.assert_close(sae.encode(x).sum(-1), top.sum(-1))
+
+
+# ---- dead latents -----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("architecture", ["gated", "jumprelu"])
 def test_resampling_revives_dead_latents(acts, architecture):
     state = _State(acts, dataclasses.replace(SMALL, architecture=architecture), torch.device("cpu"))
@@ -221,9 +303,12 @@ def test_killed_and_resumed_ends_in_the_same_bits(acts, tmp_path):
 
 
 @pytest.mark.parametrize("step", [1, 30, 59])
-@pytest.mark.parametrize("architecture", ["jumprelu", "batchtopk"])
-def test_a_checkpoint_of_any_step_is_gone_on_from(acts, tmp_path, architecture, step):
-    config = dataclasses.replace(SMALL, architecture=architecture)
+@pytest.mark.parametrize("changes", [
+    {}, {"architecture": "batchtopk"}, {"architecture": "topk", "topk_buckets": 20},
+    {"bandwidth_by_density": 1 / 3, "resample": (0.3, 0.7), "dead_after": 300, "bandwidth_end": 0.03},
+], ids=lambda changes: "-".join(changes) or "default")  # fmt: skip
+def test_a_checkpoint_of_any_step_is_gone_on_from(acts, tmp_path, changes, step):
+    config = dataclasses.replace(SMALL, **changes)
     whole = train(acts, config, device="cpu")
     state = _State(acts, config, torch.device("cpu"))
     batches = acts.batches(config.batch_size, seed=config.seed)

@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 
 import jumprelu as jr
-from jumprelu import plots, sparse, steptime, study
+from jumprelu import frontier, plots, sparse, steptime, study
 from jumprelu.architectures import Trainee
 from jumprelu.figures import read_measured
 from jumprelu.intervals import mean_interval
@@ -133,7 +133,7 @@ for search in ("float32", "bfloat16"):
     runs = study.train_seeds(acts, dataclasses.replace(config, encoder_dtype=search), seeds)
     tables.append(study.score_table("JumpReLU", study.score_runs(runs, lm, test_tokens)).assign(search=search))
 searched = pd.concat(tables, ignore_index=True)[["search", "seed", "l0", "fvu"]]
-jr.save_figure(plots.search_dtype(searched), "03_search_dtype", searched)
+jr.save_figure(plots.search_dtype(searched), "10_search_dtype", searched)
 
 # %% [markdown]
 # ## Measured: training
@@ -149,7 +149,7 @@ jr.save_figure(plots.search_dtype(searched), "03_search_dtype", searched)
 # %%
 shown = ["system", "architecture", "dtype", "d_in", "d_sae", "batch", "tokens_per_s", "tokens_per_s_q1", "tokens_per_s_q3"]
 training = speed[(speed.task == "train") & speed.error.isna()][shown].reset_index(drop=True)
-jr.save_figure(plots.speed(training), "03_speed", training)
+jr.save_figure(plots.speed(training), "10_speed", training)
 
 # %%
 table = speed[(speed.task == "train") & speed.error.isna()]
@@ -171,7 +171,7 @@ print(failed[["system", "architecture", "error"]].drop_duplicates().to_string(in
 # %%
 profile = read_measured("benchmark_profile.csv").fillna({"call": ""})
 dearest = profile.groupby("search", sort=False).head(16).reset_index(drop=True)
-jr.save_figure(plots.step_profile(dearest), "03_step_profile", dearest)
+jr.save_figure(plots.step_profile(dearest), "10_step_profile", dearest)
 
 # %%
 shares = profile.pivot_table(index="part", columns="search", values="share", aggfunc="sum", sort=False)
@@ -186,7 +186,7 @@ print(shares.map("{:.0%}".format).to_string())
 
 # %%
 by_density = read_measured("benchmark_density.csv")
-jr.save_figure(plots.density(by_density), "03_density", by_density)
+jr.save_figure(plots.density(by_density), "10_density", by_density)
 
 # %% [markdown]
 # ## Measured: inference
@@ -196,7 +196,7 @@ jr.save_figure(plots.density(by_density), "03_density", by_density)
 
 # %%
 encoding = speed[(speed.task == "inference") & speed.error.isna()][shown].reset_index(drop=True)
-jr.save_figure(plots.inference(encoding), "03_inference", encoding)
+jr.save_figure(plots.inference(encoding), "10_inference", encoding)
 
 # %% [markdown]
 # ## Equal tokens
@@ -209,12 +209,11 @@ jr.save_figure(plots.inference(encoding), "03_inference", encoding)
 quality = read_measured("benchmark_quality.csv")
 quality = quality[quality.fvu.notna()].reset_index(drop=True)
 quality = quality[["system", "setting", "seed", "sparsity", "l0", "fvu", "seconds"]]
-jr.save_figure(plots.equal_tokens(quality), "03_equal_tokens", quality)
+jr.save_figure(plots.equal_tokens(quality), "10_equal_tokens", quality)
 
 # %% [markdown]
-# Where a peer's runs and ours overlap in L0, each point of either is compared with the other's frontier at its L0 (linear in
-# log L0), seed by seed, and the geometric mean taken: a straight line between two points of a convex frontier lies above it, and
-# so both sides have that disadvantage. "recommended" and "paper" are the library's and the paper's settings, "adapted" has
+# Where a peer's runs and ours overlap in L0, the two frontiers are compared, seed by seed: the geometric mean of the ratio of
+# their FVU over that range (`frontier.py`). "recommended" and "paper" are the library's and the paper's settings, "adapted" has
 # constants for so short a run, as ours do.
 
 # %%
@@ -223,7 +222,7 @@ for (system, setting), theirs in quality[quality.system != "jumprelu"].groupby([
     for name, ours in quality[quality.system == "jumprelu"].groupby("setting"):
         for seed in sorted(set(ours.seed) & set(theirs.seed)):
             mine, peer = ours[ours.seed == seed], theirs[theirs.seed == seed]
-            ratio = (study.matched_ratio(mine, peer) / study.matched_ratio(peer, mine)) ** 0.5
+            ratio = frontier.matched_ratio(mine, peer)
             matched.append({"ours": name, "system": system, "setting": setting, "seed": seed, "fvu_ratio": ratio})
 matched = pd.DataFrame(matched).dropna()
 print(matched.groupby(["ours", "system", "setting"]).fvu_ratio.agg(["count", "mean", "min", "max"]).round(3).to_string())
@@ -289,4 +288,4 @@ for peer in ("SAELens", "dictionary_learning"):
     setting, ratio, better, worse = against(peer)
     facts |= {f"FVU over that of {peer} ({setting}), equal L0 and tokens": ratio, f"better than {peer}": better,
               f"worse than {peer}": worse}  # fmt: skip
-jr.facts("03", facts)
+jr.facts("10", facts)

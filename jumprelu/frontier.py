@@ -1,0 +1,105 @@
+"""Two sparsity–fidelity frontiers compared at equal L0, with an interval over seeds.
+
+A frontier is a table with a row for each run: columns architecture, seed, l0 and metrics such as fvu and delta_loss.
+
+How two are compared (:func:`compare`): in each seed by itself, both metrics are interpolated, linearly in log L0, on a grid
+over the range of L0 that both reach; the mean of the logarithm of their ratio over that grid is the seed's comparison. A
+t-interval over seeds, turned back from logarithms, is the result. The runs of one seed saw the same batches in the same order,
+so what a seed's data has to do with it cancels in the ratio. Nothing is extrapolated: no overlap, no comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from .intervals import Interval, mean_interval
+
+POINTS = 33
+"""Points of the grid over the common range of log L0."""
+
+
+def at_l0(frontier: pd.DataFrame, l0: float | np.ndarray, metric: str = "fvu") -> float | np.ndarray:
+    """A metric of a frontier at an L0, linear in log L0 between its points; NaN outside of them."""
+    ordered = frontier.sort_values("l0")
+    found = np.interp(np.log(l0), np.log(ordered.l0), ordered[metric], left=np.nan, right=np.nan)
+    return float(found) if np.ndim(found) == 0 else found
+
+
+def matched_ratio(one: pd.DataFrame, other: pd.DataFrame, metric: str = "fvu") -> float:
+    """Metric of a frontier over that of another at equal L0: geometric mean over their common range of log L0.
+
+    NaN if the ranges have less than two points in common, or a metric is not positive there.
+    """
+    low, high = max(one.l0.min(), other.l0.min()), min(one.l0.max(), other.l0.max())
+    if not low < high:
+        return float("nan")
+    grid = np.geomspace(low, high, POINTS)[1:-1]  # an end of the range may fall outside of it by rounding
+    ratio = at_l0(one, grid, metric) / at_l0(other, grid, metric)
+    return float(np.exp(np.log(ratio).mean())) if (ratio > 0).all() else float("nan")
+
+
+def seed_ratios(table: pd.DataFrame, one: str, other: str, metric: str = "fvu") -> pd.Series:
+    """:func:`matched_ratio` of two architectures in each seed that both have; index: seed."""
+    mine, theirs = (dict(list(table[table.architecture == name].groupby("seed"))) for name in (one, other))
+    if not mine or not theirs:
+        raise ValueError(f"no runs of {one if not mine else other!r}: the table has {', '.join(table.architecture.unique())}")
+    return pd.Series({seed: matched_ratio(mine[seed], theirs[seed], metric) for seed in mine if seed in theirs}, dtype=float)
+
+
+def log_interval(ratios: Iterable[float], spread: float | None = None, degrees: int = 0) -> Interval:
+    """Interval of the mean of log ratios, turned back; NaN ratios are left out, and without any left all is NaN.
+
+    spread, degrees: standard deviation of log ratios over seeds, and its degrees of freedom, known from elsewhere: for a place
+    with too few seeds to tell its own.
+    """
+    logs = np.log(np.asarray(list(ratios), dtype=float))
+    logs = logs[np.isfinite(logs)]
+    if len(logs) == 0:
+        return Interval(np.nan, np.nan, np.nan)
+    if spread is None:
+        return Interval(*(float(np.exp(v)) for v in mean_interval(logs)))
+    half = stats.t.ppf(0.975, degrees) * spread / np.sqrt(len(logs))
+    return Interval(*(float(np.exp(logs.mean() + step)) for step in (0.0, -half, half)))
+
+
+def compare(table: pd.DataFrame, one: str, other: str, metric: str = "fvu") -> Interval:
+    """Metric of one architecture over another's at equal L0, with its 95 % interval over seeds; below 1: `one` is better."""
+    return log_interval(seed_ratios(table, one, other, metric))
+
+
+def bands(table: pd.DataFrame, metric: str = "fvu", points: int = POINTS) -> pd.DataFrame:
+    """Each architecture's mean frontier: columns architecture, l0, mean, low, high (95 % over seeds, in logarithms).
+
+    On a grid over the range that all of its seeds reach; with one seed, low and high are NaN.
+    """
+    rows = []
+    for name, runs in table.groupby("architecture", sort=False):
+        seeds = [one for _, one in runs.groupby("seed")]
+        low, high = max(one.l0.min() for one in seeds), min(one.l0.max() for one in seeds)
+        grid = np.geomspace(low, high, points)[1:-1]
+        curves = np.log([at_l0(one, grid, metric) for one in seeds])
+        rows += [(name, l0, *values) for l0, *values in zip(grid, *map(np.exp, mean_interval(curves)), strict=True)]
+    return pd.DataFrame(rows, columns=["architecture", "l0", "mean", "low", "high"])
+
+
+def tuned(table: pd.DataFrame, by: str, reference: float, metric: str = "fvu") -> pd.DataFrame:
+    """What each value of a hyper-parameter does to a frontier: columns architecture, `by`, seed, ratio, best.
+
+    table: with a further column `by`. ratio: to the frontier at `reference` at equal L0 (:func:`matched_ratio`); best: whether
+    the value has its architecture's least ratio, on average over seeds. Where values have no L0 in common with the reference,
+    the ratio is NaN and they cannot be best.
+    """
+    rows = []
+    for (name, seed), runs in table.groupby(["architecture", "seed"], sort=False):
+        frontiers = dict(list(runs.groupby(by)))
+        if reference not in frontiers:
+            raise ValueError(f"{name} was not run at {by} = {reference}, only at {', '.join(map(str, frontiers))}")
+        rows += [(name, value, seed, matched_ratio(one, frontiers[reference], metric)) for value, one in frontiers.items()]
+    found = pd.DataFrame(rows, columns=["architecture", by, "seed", "ratio"])
+    mean = np.log(found.ratio).groupby([found.architecture, found[by]]).transform("mean")
+    found["best"] = mean == mean.groupby(found.architecture).transform("min")
+    return found

@@ -1,0 +1,33 @@
+"""The figures: pure functions from the plotted DataFrame to a Figure.
+
+Notable here:
+- a figure saved as `NN_name` is drawn by `plots.name(data)`, and a test draws it again from `figures/NN_name.csv`;
+  so a function takes everything it shows from `data`, and nothing from anywhere else.
+- one file a notebook, named nNN after it: a file named like a figure would stand in the way of the function. What several
+  notebooks share is in `common.py`.
+- importing a file of figures sets the style of `paper.mplstyle`, so that notebooks and tests draw alike. Each file does so
+  itself, because a figure's code as `cache.py` follows it is what it uses and the bare statements of its own file; this file
+  only passes names on.
+"""
+
+from .n00_subject_model import bits_per_byte, induction, lm_training, sites
+from .n01_ste_derivation import (
+    best_bandwidth,
+    bias_and_noise,
+    kernel_comparison,
+    lemma,
+    real_agreement,
+    real_bandwidth,
+    theorem,
+    toy_activations,
+    toy_errors,
+)
+from .n02_training import bandwidth_tradeoff, diagnostics, l0_by_token, shrinkage, thresholds, training
+from .n10_speed import density, equal_tokens, inference, search_dtype, speed, step_profile
+
+__all__ = [
+    "bandwidth_tradeoff", "best_bandwidth", "bias_and_noise", "bits_per_byte", "density", "diagnostics", "equal_tokens",
+    "induction", "inference", "kernel_comparison", "l0_by_token", "lemma", "lm_training", "real_agreement", "real_bandwidth",
+    "search_dtype", "shrinkage", "sites", "speed", "step_profile", "theorem", "thresholds", "toy_activations", "toy_errors",
+    "training",
+]  # fmt: skip
