@@ -9,14 +9,14 @@
 Notable here:
 - a layout is four names of modules. A model whose blocks have other children is refused, with the list of what was
   found: a hook in the wrong place would give numbers that look right.
-- `capture` stops the forward pass at the last module it needs.
+- `capture` stops the forward pass at the last module it needs; `resume_after` starts one behind what is known already.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -114,6 +114,44 @@ def splice(lm: LM, site: str, layer: int, fn: Callable[[torch.Tensor], torch.Ten
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def record_blocks(lm: LM, layers: Iterable[int]) -> Iterator[dict[int, Any]]:
+    """Within it, what each block of `layers` returned in the last forward pass, by layer, for :func:`resume_after`."""
+    _, blocks = _layout(lm.model)
+    found: dict[int, Any] = {}
+
+    def keeper(layer: int) -> Callable[..., None]:
+        def keep(module: torch.nn.Module, args: tuple, output: Any) -> None:
+            found[layer] = output
+
+        return keep
+
+    handles = [blocks[layer].register_forward_hook(keeper(layer)) for layer in set(layers)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def resume_after(lm: LM, layer: int, output: Any) -> Iterator[None]:
+    """Within it, a forward pass computes nothing up to block `layer`, which gives `output`: from :func:`record_blocks` and a
+    pass over the same ids. Hooks on that block run as ever. A `layer` of −1 leaves the pass as it is.
+
+    For passes that differ from a recorded one only from there on. They need use_cache=False.
+    """
+    _, blocks = _layout(lm.model)
+    skipped = blocks[: layer + 1]
+    try:
+        for block in skipped:
+            block.forward = lambda *args, **kwargs: output
+        yield
+    finally:
+        for block in skipped:
+            block.__dict__.pop("forward", None)
 
 
 class _Stop(Exception):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .corpus import Tokens, as_tokens
-from .hooks import Key, capture, splice
+from .hooks import Key, capture, record_blocks, resume_after, splice
 from .intervals import Estimate, ratio_estimate, share_estimate
 from .lm import LM
 from .sae import SAE
@@ -148,13 +148,16 @@ def evaluate(sae: SAE, lm: LM, tokens: Tokens | torch.Tensor, site: str | None =
 @torch.no_grad()
 def evaluate_many(saes: Sequence[SAE], lm: LM, tokens: Tokens | torch.Tensor, site: str | None = None,
                   layer: int | None = None, batch_rows: int | None = None) -> list[Report]:
-    """:func:`evaluate` of several SAEs, whatever their sites and widths; the model's own pass is computed once for all."""
+    """:func:`evaluate` of several SAEs, whatever their sites and widths. The model's own pass is computed once for all, and
+    each spliced one from the SAE's place on."""
     tokens = as_tokens(tokens)
     lm.check_ids(tokens.ids)
     batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
     special = torch.tensor(lm.special_ids, device=lm.device)
     names, document = tokens.document.unique(return_inverse=True)
     places = [_place(sae, lm, tokens, site, layer) for sae in saes]
+    # the last block whose output splicing cannot change, or is about to replace: later passes begin there
+    before = [at_layer if at_site == "resid_post" else at_layer - 1 for at_site, at_layer in places]
     saes = [sae if sae.W_enc.device == lm.device else copy.deepcopy(sae).to(lm.device) for sae in saes]  # the caller's stays
     sums = [_Sums(len(names), sae.d_in, sae.d_sae, lm.device) for sae in saes]
     l0_per_token: list[list[torch.Tensor]] = [[] for _ in saes]
@@ -167,11 +170,12 @@ def evaluate_many(saes: Sequence[SAE], lm: LM, tokens: Tokens | torch.Tensor, si
         ones = torch.ones_like(owners, dtype=torch.float64)
 
         def log_probabilities(ids=ids, counted=counted) -> torch.Tensor:
-            return lm.model(ids).logits[:, :-1][counted].float().log_softmax(-1)
+            return lm.model(ids, use_cache=False).logits[:, :-1][counted].float().log_softmax(-1)
 
-        log_p = log_probabilities()
+        with record_blocks(lm, [known for known in before if known >= 0]) as blocks:
+            log_p = log_probabilities()
         p, loss = log_p.exp(), F.nll_loss(log_p, target, reduction="none").double()
-        for sae, (at_site, at_layer), own, l0 in zip(saes, places, sums, l0_per_token, strict=True):
+        for sae, (at_site, at_layer), known, own, l0 in zip(saes, places, before, sums, l0_per_token, strict=True):
 
             def replace(value: torch.Tensor, keep=keep, owner=owner, sae=sae, own=own, l0=l0) -> torch.Tensor:
                 x = value[keep].to(sae.W_enc.dtype)
@@ -180,7 +184,7 @@ def evaluate_many(saes: Sequence[SAE], lm: LM, tokens: Tokens | torch.Tensor, si
                 l0.append(own.add_activations(x, x_hat, acts, owner[keep]).cpu())
                 return value.index_put((keep,), x_hat.to(value.dtype))
 
-            with splice(lm, at_site, at_layer, replace):
+            with splice(lm, at_site, at_layer, replace), resume_after(lm, known, blocks.get(known)):
                 log_q = log_probabilities()
             own.predicted.index_add_(0, owners, ones)
             own.loss.index_add_(0, owners, loss)

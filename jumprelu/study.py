@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -11,11 +12,15 @@ import torch
 from .activations import Activations
 from .cache import remember
 from .corpus import Tokens
-from .frontier import at_l0
+from .frontier import at_l0, tuned
 from .lm import LM
 from .metrics import Report, evaluate
 from .recipe import TrainConfig
+from .sweep import Scored, sweep
 from .train import TrainResult, train_many
+
+METRICS = ("l0", "fvu", "delta_loss", "kl", "dead", "dense_1", "dense_10", "norm_ratio")
+"""What tables have of a :class:`Report`."""
 
 
 def train_seeds(acts: Activations, config: TrainConfig, seeds: int) -> list[TrainResult]:
@@ -35,8 +40,7 @@ def joined_logs(runs: Sequence[TrainResult]) -> pd.DataFrame:
 
 def score_table(architecture: str, scores: Sequence[Report]) -> pd.DataFrame:
     """One row a seed: architecture, seed, and the values of each metric."""
-    metrics = ("l0", "fvu", "delta_loss", "kl", "dead", "dense_1", "dense_10", "norm_ratio")
-    rows = [{"architecture": architecture, "seed": seed, **{name: getattr(score, name).value for name in metrics}}
+    rows = [{"architecture": architecture, "seed": seed, **{name: getattr(score, name).value for name in METRICS}}
             for seed, score in enumerate(scores)]  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -80,3 +84,77 @@ def bandwidth_table(acts: Activations, lm: LM, tokens: Tokens, config: TrainConf
     own = table[table.bandwidth == config.bandwidth]
     table["fvu_ratio"] = [row.fvu / at_l0(own[own.seed == row.seed], row.l0) for row in table.itertuples()]
     return table
+
+
+# ---- sweeps over architectures ----------------------------------------------------------------------------------
+
+def configurations(base: TrainConfig, changes: Mapping[str, Any]) -> list[TrainConfig]:
+    """`base` with `changes`: field → value, or → a list of values, one for each of the configurations that are returned.
+
+    Lists must be of one length; without any, there is one configuration. So {"architecture": "topk", "k": [16, 32]} gives two.
+    `betas` and `resample` are lists themselves and the same for all. Raises ValueError for lists of several lengths.
+    """
+    whole = {name: tuple(changes[name]) for name in ("betas", "resample") if name in changes}
+    lists = {name: value for name, value in changes.items() if isinstance(value, list) and name not in whole}
+    lengths = {name: len(value) for name, value in lists.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"lists of values must be of one length, got {lengths}")
+    single = {name: value for name, value in changes.items() if name not in lists} | whole
+    number = next(iter(lengths.values()), 1)
+    return [dataclasses.replace(base, **single, **{name: value[n] for name, value in lists.items()}) for n in range(number)]
+
+
+def score_frame(names: Sequence[str], scored: Sequence[Scored]) -> pd.DataFrame:
+    """One row a run: architecture (its name in `names`), site, layer, seed, steps, d_sae, lr, and each metric's value."""
+    rows = [
+        {"architecture": name, "site": one.site, "layer": one.layer, "seed": one.config.seed, "steps": one.config.steps,
+         "d_sae": one.config.d_sae, "lr": one.config.lr, **{metric: getattr(one.report, metric).value for metric in METRICS}}
+        for name, one in zip(names, scored, strict=True)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+class Sweep(NamedTuple):
+    """A sweep over named variants: a row of `table` for each of `runs`, in the same order."""
+
+    table: pd.DataFrame
+    runs: list[Scored]
+
+
+def sweep_variants(stores: Activations | Sequence[Activations], variants: Mapping[str, Sequence[TrainConfig]],
+                   seeds: Sequence[int], lm: LM, tokens: Tokens, workers: int | None = None) -> Sweep:
+    """Every configuration of every variant, with each seed, on each store of activations; see :func:`jumprelu.sweep.sweep`."""
+    stores = [stores] if isinstance(stores, Activations) else stores
+    named = [(name, store, dataclasses.replace(config, seed=seed))
+             for store in stores for name, configs in variants.items() for seed in seeds for config in configs]  # fmt: skip
+    runs = sweep([(store, config) for _, store, config in named], lm, tokens, workers)
+    return Sweep(score_frame([name for name, *_ in named], runs), runs)
+
+
+def tune_lr(acts: Activations, variants: Mapping[str, Sequence[TrainConfig]], lrs: Sequence[float], lm: LM, tokens: Tokens,
+            workers: int | None = None) -> tuple[pd.DataFrame, dict[str, list[TrainConfig]]]:
+    """Every variant at every learning rate, with seed 0: the runs' table, and each variant at its best rate.
+
+    The best is that of least FVU at equal L0 (:func:`jumprelu.frontier.tuned`, against the middle one of `lrs`); its columns
+    ratio and best are in the table. The seed is then also one of those that the comparison uses: what is chosen are three
+    numbers, from four runs each.
+    """
+    at = {lr: {name: [dataclasses.replace(config, lr=lr) for config in configs] for name, configs in variants.items()}
+          for lr in lrs}  # fmt: skip
+    named = {(name, lr): configs for lr, group in at.items() for name, configs in group.items()}
+    found = sweep_variants(acts, {f"{name} {lr}": configs for (name, lr), configs in named.items()}, [0], lm, tokens, workers)
+    table = found.table.assign(architecture=[name for (name, _), configs in named.items() for _ in configs])
+    judged = tuned(table, "lr", sorted(lrs)[len(lrs) // 2])
+    table = table.merge(judged, on=["architecture", "lr", "seed"], how="left")
+    best = {row.architecture: row.lr for row in judged[judged.best].itertuples()}
+    return table, {name: at[best[name]][name] for name in variants}
+
+
+def beside_frontier(table: pd.DataFrame, reference: pd.DataFrame, metric: str = "fvu") -> pd.DataFrame:
+    """`table` with a column ratio: each run's metric over that of the same seed's `reference` runs at the run's L0.
+
+    reference: rows of one architecture, of several L0. NaN for an L0 that these do not reach.
+    """
+    frontiers = dict(list(reference.groupby("seed")))
+    ratio = [row[metric] / at_l0(frontiers[row.seed], row.l0, metric) for _, row in table.iterrows()]
+    return table.assign(ratio=ratio)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from jumprelu.hooks import SITES, capture, splice
+from jumprelu.hooks import SITES, capture, record_blocks, resume_after, splice
 from jumprelu.lm import LM
 from tests.models import D_MODEL, FAMILIES, HEADS, LAYERS, VOCAB, random_ids, tiny_lm
 
@@ -16,7 +16,7 @@ IDS = random_ids(2, 9)
 
 def logits(lm: LM, ids: torch.Tensor = IDS) -> torch.Tensor:
     with torch.no_grad():
-        return lm.model(ids).logits
+        return lm.model(ids, use_cache=False).logits
 
 
 def attention_added(lm: LM, layer: int, heads: torch.Tensor) -> torch.Tensor:
@@ -82,6 +82,23 @@ def test_a_value_moves_between_two_inputs(family, site):
 
 def logits_of_other(lm: LM) -> torch.Tensor:
     return logits(lm, random_ids(2, 9, seed=5))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("site", SITES)
+def test_a_pass_resumed_behind_what_is_known_is_the_whole_pass(family, site):
+    lm = tiny_lm(family)
+    before = logits(lm)
+    for layer in range(LAYERS):
+        known = layer if site == "resid_post" else layer - 1
+        with record_blocks(lm, [known] if known >= 0 else []) as blocks:
+            logits(lm)
+        with splice(lm, site, layer, lambda x: 0.5 * x.roll(1, 0)):
+            whole = logits(lm)
+            with resume_after(lm, known, blocks.get(known)):
+                assert torch.equal(logits(lm), whole)
+        assert not torch.equal(whole, before)
+    assert torch.equal(logits(lm), before)
 
 
 def test_gradients_pass_through_a_splice():
