@@ -14,6 +14,8 @@ INSTALLED := $(VENV)/installed-from
 # For `make benchmark`: an environment of its own, and what to hand to jumprelu.benchmark.
 PEERS := .venv-peers
 ARGS ?=
+# Compiled anew by every process, the libraries would take most of a minute to import.
+unexport PYTHONDONTWRITEBYTECODE
 # Tests marked `network` run where CI is set.
 MARKED := $(if $(CI),,-m "not network")
 

@@ -5,6 +5,7 @@ Notable here:
   form is known: the straight-through gradient is held against finite differences of the loss on the same batches.
 - the squared length of a measured mean vector would count its noise as signal. `intervals.squared_length` does not,
   so no bias measures as zero on average, and may come out below it.
+- near an optimum the gradient is near zero, and errors relative to it say nothing: along a run they are absolute.
 - kernels are compared at an equal standard deviation, not only at an equal ε, which means different amounts of smoothing.
 """
 
@@ -118,13 +119,22 @@ def best_bandwidths(sweep: pd.DataFrame, batch_sizes: Iterable[int], kernel_name
         width = np.log(group.bandwidth.to_numpy())
         for batch_size in batch_sizes:
             error = 0.5 * np.log(group.bias.to_numpy() ** 2 + group.variance.to_numpy() / batch_size)
-            at = int(error.argmin())
+            best, least, at = _least_point(width, error)
             if at in (0, len(width) - 1):
                 raise ValueError(f"the best bandwidth of {estimator} for batches of {batch_size} is on the edge of the grid, "
                                  f"{math.exp(width[at]):.3g}: extend kernel_sds on that side")
-            a, b, c = np.polyfit(width[at - 1 : at + 2] - width[at], error[at - 1 : at + 2], 2)
-            rows.append((estimator, repeat, batch_size, math.exp(width[at] - b / (2 * a)), math.exp(c - b**2 / (4 * a))))
+            rows.append((estimator, repeat, batch_size, math.exp(best), math.exp(least)))
     return pd.DataFrame(rows, columns=["estimator", "repeat", "batch_size", "bandwidth", "error"])
+
+
+def _least_point(x: np.ndarray, y: np.ndarray) -> tuple[float, float, int]:
+    """The least point of y over increasing x, refined by a parabola through it and its neighbours unless it is the first or
+    the last: its x, its y and its index."""
+    at = int(y.argmin())
+    if at in (0, len(x) - 1):
+        return float(x[at]), float(y[at]), at
+    a, b, c = np.polyfit(x[at - 1 : at + 2] - x[at], y[at - 1 : at + 2], 2)
+    return x[at] - b / (2 * a), c - b**2 / (4 * a), at
 
 
 def slopes(best: pd.DataFrame) -> pd.DataFrame:
@@ -224,27 +234,120 @@ def agreement(measured: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def measured_errors(measured: pd.DataFrame, reference: float) -> pd.DataFrame:
+def _reference_gradient(measured: pd.DataFrame, reference: float) -> np.ndarray:
+    """Finite differences at bandwidth `reference`, [batches, latents]. ValueError if not measured, or all zero."""
+    if reference not in set(measured.bandwidth):
+        raise ValueError(f"no measurement at bandwidth {reference}, only at {sorted(measured.bandwidth.unique())}: "
+                         "choose one of these as the reference")
+    gradient = _by_batch(measured, reference, "difference")
+    if not gradient.any():
+        raise ValueError(f"at bandwidth {reference} no pre-activation was in the window of any measured latent: choose a wider "
+                         "reference, more batches or larger ones")
+    return gradient
+
+
+def measured_errors(measured: pd.DataFrame, reference: float, relative: bool = True) -> pd.DataFrame:
     """Bias and noise of the straight-through gradient over all measured latents, relative to the gradient's length.
 
     The gradient is the finite difference at bandwidth `reference` (h = reference/2). Rows: quantity "bias" (to that
     reference), "gap" (to the difference over the *same* window), each squared, unbiased and with a jackknife interval
     over batches, and "noise" (squared standard deviation of one batch). Columns: bandwidth, quantity, mean, low, high,
-    share. Raises ValueError for a reference that was not measured.
+    share. With relative=False they are means over latents in (loss per unit of θ)². Raises ValueError for a reference
+    that was not measured.
     """
-    if reference not in set(measured.bandwidth):
-        raise ValueError(f"no measurement at bandwidth {reference}, only at {sorted(measured.bandwidth.unique())}: "
-                         "choose one of these as the reference")
-    gradient = _by_batch(measured, reference, "difference")
+    gradient = _reference_gradient(measured, reference)
+    unit = squared_length if relative else (lambda g: g.shape[1])
     rows = []
     for width in measured.bandwidth.unique():
         ste, difference = (_by_batch(measured, width, column) for column in ("ste", "difference"))
         share = measured[measured.bandwidth == width].share.mean()
         statistics = {
-            "bias": (lambda v, g: squared_length(v) / squared_length(g), ste - gradient),
-            "gap": (lambda v, g: squared_length(v) / squared_length(g), ste - difference),
-            "noise": (lambda v, g: v.var(0, ddof=1).sum() / squared_length(g), ste),
+            "bias": (lambda v, g: squared_length(v) / unit(g), ste - gradient),
+            "gap": (lambda v, g: squared_length(v) / unit(g), ste - difference),
+            "noise": (lambda v, g: v.var(0, ddof=1).sum() / unit(g), ste),
         }
         for quantity, (statistic, samples) in statistics.items():
             rows.append((width, quantity, *(float(v) for v in jackknife(leave_one_out(statistic, samples, gradient))), share))
     return pd.DataFrame(rows, columns=["bandwidth", "quantity", "mean", "low", "high", "share"])
+
+
+# ---- along a training run ---------------------------------------------------------------------------------------
+
+
+def gradients_along(acts: Activations | torch.Tensor, sae_by_share: dict[float, SAE], sparsity_by_share: dict[float, float],
+                    bandwidths: Iterable[float], latents: int, batch_size: int, batches: int, seed: int = 0) -> pd.DataFrame:
+    """:func:`gradients_on` for snapshots of one run, on the same batches: its columns after run_share, increasing.
+
+    sae_by_share: share of the run → the SAE there, as `TrainConfig.stop_after` gives it; sparsity_by_share: λ there, as
+    :func:`jumprelu.recipe.sparsity_at` gives it. Each snapshot is measured at its own busiest latents, those that training
+    moves then. Raises ValueError for shares that only one of the two has, and what `gradients_on` does.
+    """
+    bandwidths = list(bandwidths)
+    if not sae_by_share or set(sae_by_share) != set(sparsity_by_share):
+        raise ValueError(f"SAEs of shares {sorted(sae_by_share)} of a run, but a sparsity for {sorted(sparsity_by_share)}: "
+                         "give both for the same shares, and at least one")
+    tables = []
+    for share in sorted(sae_by_share):
+        one = gradients_on(acts, sae_by_share[share], sparsity_by_share[share], bandwidths, latents, batch_size, batches, seed)
+        one.insert(0, "run_share", share)
+        tables.append(one)
+    return pd.concat(tables, ignore_index=True)
+
+
+def along_run(measured: pd.DataFrame, reference: float, averaged: float = 1.0) -> pd.DataFrame:
+    """Bias, noise and error of the straight-through gradient at each share of a run and bandwidth, in absolute units.
+
+    measured: of :func:`gradients_along`; the gradient is the finite difference at bandwidth `reference`. Columns: share (of
+    the run), bandwidth, bias2 and gradient2 (squares, unbiased, each with _low and _high, 95 %), noise (variance of one
+    batch), error = √(max(bias2, 0) + noise/averaged), relative_error (over the gradient's length; NaN where that cannot be
+    told from 0), share_in_window, averaged. All are means over latents: bias2, gradient2 and noise in (loss per unit of θ)².
+
+    averaged: batches whose gradients a parameter feels as one. Adam with β₁ = 0 averages none by itself, hence 1; but what
+    moves by lr a step averages over about as many steps as it needs to come where the gradient is another one.
+    """
+    rows = []
+    for share, one in measured.groupby("run_share"):
+        gradient = _reference_gradient(one, reference)
+        length = jackknife(leave_one_out(lambda g: squared_length(g) / g.shape[1], gradient))
+        for width, errors in measured_errors(one, reference, relative=False).groupby("bandwidth"):
+            bias, noise = (errors[errors.quantity == name].iloc[0] for name in ("bias", "noise"))
+            error = math.sqrt(_squared_error(bias["mean"], noise["mean"], averaged))
+            relative = error / math.sqrt(length.mean) if length.low > 0 else math.nan
+            rows.append((share, width, *bias[["mean", "low", "high"]], noise["mean"], *length, error, relative, bias.share,
+                         averaged))  # fmt: skip
+    return pd.DataFrame(rows, columns=[
+        "share", "bandwidth", "bias2", "bias2_low", "bias2_high", "noise", "gradient2", "gradient2_low", "gradient2_high",
+        "error", "relative_error", "share_in_window", "averaged",
+    ])  # fmt: skip
+
+
+def best_along(measured: pd.DataFrame, reference: float, averaged: float = 1.0) -> pd.DataFrame:
+    """The bandwidth of least error at each share of a run: arguments as for :func:`along_run`, whose error it is.
+
+    The least point of the grid, refined as in :func:`best_bandwidths`, with a jackknife interval over batches of its
+    logarithm. Columns: share, best, best_low, best_high (95 %), edge, least (the error there, loss per unit of θ). On the
+    edge of the grid (`edge` is True) `best` is only a bound, and the end of the interval on that side NaN: unknown.
+    """
+    rows = []
+    for share, one in measured.groupby("run_share"):
+        gradient = _reference_gradient(one, reference)
+        widths = np.sort(one.bandwidth.unique())
+        estimates = np.stack([_by_batch(one, width, "ste") for width in widths], axis=1)  # [batches, bandwidths, latents]
+
+        def log_best(estimates: np.ndarray, gradient: np.ndarray, widths: np.ndarray = widths) -> tuple[float, float, int]:
+            bias2 = np.array([squared_length(v) for v in np.moveaxis(estimates - gradient[:, None], 1, 0)]) / gradient.shape[1]
+            noise = estimates.var(0, ddof=1).mean(-1)
+            return _least_point(np.log(widths), 0.5 * np.log(_squared_error(bias2, noise, averaged)))
+
+        found = jackknife(leave_one_out(lambda *samples: log_best(*samples)[0], estimates, gradient))
+        _, least, at = log_best(estimates, gradient)
+        low = math.nan if at == 0 else math.exp(found.low)
+        high = math.nan if at == len(widths) - 1 else math.exp(found.high)
+        rows.append((share, math.exp(found.mean), low, high, at in (0, len(widths) - 1), math.exp(least)))
+    return pd.DataFrame(rows, columns=["share", "best", "best_low", "best_high", "edge", "least"])
+
+
+def _squared_error(bias2: float | np.ndarray, noise: float | np.ndarray, averaged: float) -> float | np.ndarray:
+    if not averaged > 0:
+        raise ValueError(f"averaged is a number of batches above 0, got {averaged}")
+    return np.maximum(bias2, 0) + noise / averaged

@@ -6,7 +6,8 @@ Notable here:
 - "share of the variance of f explained by the token's id" is ε² and not η². With thousands of small groups η² is large for
   a latent that has nothing to do with the token: (groups − 1)/(tokens − 1) on average. ε² is 0 then, and may come out
   slightly negative; where the group fixes f it is 1.
-- in `frequency_bands` an interval is over latents of the SAEs at hand; for another training run, repeat over seeds.
+- intervals are over seeds, because latents of one SAE are no independent sample. `extreme_share` alone is over latents: where
+  none of a few thousand does a thing, seeds agree on 0 and their interval has no width.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from scipy import stats
 from tqdm import tqdm
 
 from .corpus import Tokens, as_tokens
+from .frontier import at_l0
 from .hooks import capture
-from .intervals import mean_interval
+from .intervals import Interval, mean_interval
 from .lm import LM
 from .sae import SAE
 
@@ -190,28 +192,35 @@ def describe_latents(sae: SAE, lm: LM, tokens: Tokens | torch.Tensor, position_b
     return table[["latent", "frequency", *DESCRIPTORS]]
 
 
-def frequency_bands(table: pd.DataFrame, edges: Sequence[float] = (0.01, 0.1)) -> pd.DataFrame:
-    """Latents by how often they fire: the mean of each descriptor within each band, with a 95 % t-interval over its latents.
+def frequency_bands(tables: Sequence[pd.DataFrame], edges: Sequence[float] = (0.01, 0.1)) -> pd.DataFrame:
+    """Latents by how often they fire: each descriptor's mean within each band, with a 95 % t-interval over seeds.
 
-    table: what :func:`describe_latents` returns, of one SAE or of several below each other. edges: frequencies between bands,
-    ascending; a latent that fires on exactly that share belongs below. Returns columns band ("over 10 %", …, "dead"), quantity
-    ("frequency" or one of DESCRIPTORS), mean, low, high, latents: how many of the band have the quantity, which is all of them
-    for "frequency". Without any, mean, low and high are NaN; with a single one, low and high.
+    tables: what :func:`describe_latents` returns, one a seed. The band's mean is taken in each seed by itself, and the interval
+    is of these means: latents of one SAE are no independent sample of what another training run would find. Seeds with no
+    latent in a band do not count there. edges: frequencies between bands, ascending; a latent that fires on exactly that share
+    belongs below.
+
+    Returns columns band ("over 10 %", …, "dead"), quantity ("frequency" or one of DESCRIPTORS), mean, low, high, seeds: how
+    many count, latents: how many of the band have the quantity, over all seeds. Without any seed, mean, low and high are NaN;
+    with a single one, low and high. Raises ValueError for no table, and for edges that are none.
     """
     edges = list(edges)
     if edges != sorted(set(edges)) or not edges or not 0 < edges[0] <= edges[-1] < 1:
         raise ValueError(f"edges must be frequencies between 0 and 1 in ascending order, got {edges}")
+    if isinstance(tables, pd.DataFrame) or not tables:
+        raise ValueError("tables must be a list with one table of describe_latents a seed, and at least one")
     percent = [f"{100 * edge:g}" for edge in edges]
     names = ["dead", f"under {percent[0]} %", *(f"{low}–{high} %" for low, high in zip(percent, percent[1:], strict=False)),
              f"over {percent[-1]} %"]  # fmt: skip
-    band = np.searchsorted([0.0, *edges], table.frequency)
+    bands = [np.searchsorted([0.0, *edges], table.frequency) for table in tables]
     rows = []
     for number in reversed(range(len(names))):
         for quantity in ("frequency", *DESCRIPTORS):
-            values = table.loc[band == number, quantity].dropna()
-            found = mean_interval(values) if len(values) else (math.nan,) * 3
-            rows.append((names[number], quantity, *found, len(values)))
-    return pd.DataFrame(rows, columns=["band", "quantity", "mean", "low", "high", "latents"])
+            values = [table.loc[band == number, quantity].dropna() for table, band in zip(tables, bands, strict=True)]
+            means = [each.mean() for each in values if len(each)]
+            found = mean_interval(means) if means else (math.nan,) * 3
+            rows.append((names[number], quantity, *found, len(means), sum(map(len, values))))
+    return pd.DataFrame(rows, columns=["band", "quantity", "mean", "low", "high", "seeds", "latents"])
 
 
 def frequency_histogram(frequencies: dict[str, Sequence[torch.Tensor]], bins: int = 5) -> pd.DataFrame:
@@ -268,3 +277,55 @@ def excess_right(frequency: torch.Tensor, above: float = 0.1) -> Excess:
     tail = float(stats.norm.sf(gap / spread)) if spread > 0 else float(gap < 0)
     share = len(alive) / len(frequency)
     return Excess((frequency > above).double().mean().item(), share * tail)
+
+
+def extreme_share(frequencies: Sequence[torch.Tensor], above: float = 0.5) -> Interval:
+    """Share of latents that fire on more than `above` of tokens, with the exact binomial 95 % interval over latents.
+
+    frequencies: one tensor a seed, [d_sae]; all seeds are pooled. Clopper–Pearson: with none of n, the upper end is about
+    3.7/n, so that a share below 1/n is not claimed from n latents. It takes latents for independent, which those of one
+    SAE are not quite. Raises ValueError for no latents.
+    """
+    pooled = torch.cat([frequency.flatten().cpu() for frequency in frequencies]) if len(frequencies) else torch.zeros(0)
+    if not len(pooled):
+        raise ValueError("no latents: give one tensor of frequencies a seed, and at least one")
+    found = stats.binomtest(int((pooled > above).sum()), len(pooled))
+    low, high = found.proportion_ci(0.95, method="exact")
+    return Interval(found.statistic, float(low), float(high))
+
+
+# ---- at equal L0 ------------------------------------------------------------------------------------------------
+
+
+def nearest_runs(table: pd.DataFrame, l0: float) -> pd.DataFrame:
+    """The rows of `table` whose L0 is nearest to `l0`, by ratio: one for each architecture and seed, in the table's order.
+
+    table: one row a run, with columns architecture, seed and l0; the rows keep their index.
+    """
+    distance = np.log(table.l0 / l0).abs()
+    return table.loc[sorted(distance.groupby([table.architecture, table.seed]).idxmin())]
+
+
+def values_at(table: pd.DataFrame, architecture: str, l0: float, metric: str = "dense_10") -> pd.Series:
+    """A metric of one architecture at `l0` in each seed (:func:`jumprelu.frontier.at_l0`); index: seed, in ascending order.
+
+    NaN where the seed's runs do not reach that L0. Raises ValueError if the architecture has no runs.
+    """
+    runs = table[table.architecture == architecture]
+    if runs.empty:
+        raise ValueError(f"no runs of {architecture!r}: the table has {', '.join(map(str, table.architecture.unique()))}")
+    return pd.Series({seed: at_l0(rows, l0, metric) for seed, rows in runs.groupby("seed")}, dtype=float)
+
+
+def beside_reference(table: pd.DataFrame, reference: pd.DataFrame, metric: str = "dense_10") -> pd.Series:
+    """Each run's metric minus that of the same seed's `reference` runs at the run's L0; indexed as `table`.
+
+    For shares of latents, which may be 0: a difference and not a ratio. reference: rows of one architecture, of several L0. NaN
+    for an L0 that these do not reach. Raises ValueError for a seed without reference runs.
+    """
+    frontiers = dict(list(reference.groupby("seed")))
+    missing = sorted(set(table.seed) - set(frontiers))
+    if missing:
+        raise ValueError(f"no reference runs of seed {', '.join(map(str, missing))}: train the reference with these seeds too")
+    return pd.Series([row[metric] - at_l0(frontiers[row.seed], row.l0, metric) for _, row in table.iterrows()],
+                     index=table.index, dtype=float)

@@ -36,6 +36,9 @@ class TrainConfig:
     d_sae: int = 4096
     """Number of latents."""
     steps: int = 4000
+    stop_after: float = 1.0
+    """Share of the run after which it ends, schedules and all as they are: a look at an SAE half-way. It has the very bits
+    that the whole run has at that step."""
     batch_size: int = 512
     """Activations a step. At a few million tokens, more and smaller steps beat fewer and larger ones."""
 
@@ -122,6 +125,8 @@ class TrainConfig:
         for name in ("bandwidth_anneal", "lr_warmup", "lr_decay", "sparsity_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share of the run between 0 and 1, got {getattr(self, name)}")
+        if not 0 < self.stop_after <= 1:
+            raise ValueError(f"stop_after is a share of the run above 0 and at most 1, got {self.stop_after}")
         if self.sparsity < 0 or (self.bandwidth_end is not None and self.bandwidth_end <= 0):
             raise ValueError("sparsity must be 0 or more and bandwidth_end above 0, got "
                              f"{self.sparsity} and {self.bandwidth_end}")
@@ -143,6 +148,11 @@ class TrainConfig:
     def loss(self) -> str:
         """The sparsity loss in use."""
         return self.sparsity_loss or SPARSITY_LOSSES[self.architecture][0]
+
+    @property
+    def length(self) -> int:
+        """Steps that are taken, of the `steps` that schedules speak of: fewer with `stop_after`, but at least one."""
+        return max(1, round(self.stop_after * self.steps))
 
     @property
     def data_order(self) -> int:

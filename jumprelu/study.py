@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 
 from .activations import Activations
 from .cache import remember
 from .corpus import Tokens
-from .frontier import at_l0, tuned
+from .frontier import at_l0, log_interval, seed_ratios, tuned
 from .lm import LM
 from .metrics import Report, evaluate
 from .recipe import TrainConfig
@@ -158,3 +159,38 @@ def beside_frontier(table: pd.DataFrame, reference: pd.DataFrame, metric: str = 
     frontiers = dict(list(reference.groupby("seed")))
     ratio = [row[metric] / at_l0(frontiers[row.seed], row.l0, metric) for _, row in table.iterrows()]
     return table.assign(ratio=ratio)
+
+
+def ratios_by_place(table: pd.DataFrame, main: pd.DataFrame, one: str, others: Sequence[str]) -> pd.DataFrame:
+    """`one` over each of `others` at equal L0 in each place of `table`, and in that of `main`, which has several seeds.
+
+    Columns place, other, metric, mean, low, high (95 %). A place with fewer than three seeds borrows the standard deviation over
+    seeds from `main`; see :func:`jumprelu.frontier.log_interval`.
+    """
+    rows = []
+    for metric in ("delta_loss", "fvu"):
+        for other in others:
+            known = np.log(seed_ratios(main, one, other, metric).dropna())
+            for (site, layer), runs in table.groupby(["site", "layer"], sort=False):
+                ratios = seed_ratios(runs, one, other, metric)
+                borrowed = {"spread": known.std(), "degrees": len(known) - 1} if len(ratios) < 3 else {}
+                rows.append((f"{site}, layer {layer}", other, metric, *log_interval(ratios, **borrowed)))
+    return pd.DataFrame(rows, columns=["place", "other", "metric", "mean", "low", "high"])
+
+
+def scaling_table(acts: Activations, lm: LM, tokens: Tokens, variants: Mapping[str, TrainConfig], widths: Sequence[int],
+                  lengths: Sequence[int], seeds: Sequence[int], workers: int | None = None) -> pd.DataFrame:
+    """Each of `variants` at several widths (d_sae) and, at its own width, several lengths (steps).
+
+    One row a run and metric: architecture, quantity ("width", "tokens"), x (its value), seed, metric ("fvu", "delta_loss"),
+    value, l0.
+    """
+    named = {}
+    for name, config in variants.items():
+        named |= {(name, "width", width): dataclasses.replace(config, d_sae=width) for width in widths}
+        named |= {(name, "tokens", n * config.batch_size): dataclasses.replace(config, steps=n) for n in lengths}
+    table = sweep_variants(acts, {str(key): [config] for key, config in named.items()}, seeds, lm, tokens, workers).table
+    keys = {str(key): key for key in named}
+    rows = [(*keys[row.architecture], row.seed, metric, getattr(row, metric), row.l0)
+            for row in table.itertuples() for metric in ("fvu", "delta_loss")]  # fmt: skip
+    return pd.DataFrame(rows, columns=["architecture", "quantity", "x", "seed", "metric", "value", "l0"])

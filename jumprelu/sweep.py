@@ -124,7 +124,7 @@ def _tasks(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
 
 
 def _cost(job: Job) -> int:
-    return job.config.steps * job.config.batch_size * job.config.d_sae
+    return job.config.length * job.config.batch_size * job.config.d_sae
 
 
 def _work(task: Sequence[Job], lm: LM, tokens: Tokens) -> int:
@@ -153,9 +153,15 @@ def _in_processes(tasks: Sequence[list[Job]], lm: LM, tokens: Tokens, workers: i
     if not tasks:
         return
     before = {name: os.environ.get(name) for name in ("TQDM_DISABLE", "OMP_NUM_THREADS")}
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), multiprocessing.get_context("spawn"), _start, (lm, tokens))
+    # a server that has imported everything once, and whose copies are ready at once; a copy of this very process would not do,
+    # because torch refuses gradients in the copy of a process that has computed some
+    served = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if served else "spawn")
+    if served:
+        context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (lm, tokens))
     try:
-        os.environ.update(TQDM_DISABLE="1", OMP_NUM_THREADS="1")  # read by a worker as it starts
+        os.environ.update(TQDM_DISABLE="1", OMP_NUM_THREADS="1")  # read by server and workers as they start
         waiting: list[Future[int]] = [pool.submit(_work_on_shared, task) for task in tasks]
         for done in as_completed(waiting):
             progress.update(done.result())

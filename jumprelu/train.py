@@ -191,7 +191,7 @@ class _Run:
 
     @property
     def step(self) -> int:
-        return self.state.step if self.state else self.config.steps
+        return self.state.step if self.state else self.config.length
 
     @property
     def checkpoint(self) -> Path | None:
@@ -214,7 +214,7 @@ class _Run:
 
     def advance(self, x: torch.Tensor) -> dict[str, float] | None:
         """One step on a raw batch; returns a log row at the steps that have one."""
-        last = self.config.steps - 1
+        last = self.config.length - 1
         row = _advance(self.state, x / self.state.input_scale, log_this=self.step % self.log_every == 0 or self.step == last)
         if row:
             _check_finite(self.state, self.title, row)
@@ -256,19 +256,19 @@ def _train_together(acts: Activations, runs: list[_Run], device: torch.device, c
     most = max(1, min(BLOCK, BLOCK_BYTES // (4 * config.batch_size * acts.d_in)))
     with closing(acts.batches(config.batch_size, seed=config.data_order, start=first)) as batches:
         while active := [run for run in runs if run.state]:
-            wanted = min(most, max(run.config.steps for run in active) - first)
+            wanted = min(most, max(run.config.length for run in active) - first)
             block = [next(batches).to(device) for _ in range(wanted)]
             for run in active:
                 progress.set_description(run.title, refresh=False)
                 try:
-                    for x in block[run.step - first : run.config.steps - first]:  # a run that is ahead has seen some of them
+                    for x in block[run.step - first : run.config.length - first]:  # a run that is ahead has seen some of them
                         row = run.advance(x)
                         progress.update()
                         if row:
                             _show(progress, row, config.batch_size, batches.waited / (time.monotonic() - began))
                         if run.folder and time.monotonic() - run.saved_at > checkpoint_seconds:
                             run.save()
-                    if run.step == run.config.steps:
+                    if run.step == run.config.length:
                         run.finish(acts)
                 except FloatingPointError:
                     for other in active:
@@ -294,7 +294,7 @@ def _train_all(acts: Activations, configs: Sequence[TrainConfig], folders: Seque
         if run.state:
             groups.setdefault((run.config.batch_size, run.config.data_order), []).append(run)
     if groups:
-        total, done = sum(config.steps for config in configs), sum(run.step for run in runs)
+        total, done = sum(config.length for config in configs), sum(run.step for run in runs)
         with tqdm(total=total, initial=done, unit="step", mininterval=1) as progress:
             for group in groups.values():
                 _train_together(acts, group, device, checkpoint_seconds, progress)
@@ -307,7 +307,8 @@ def train(acts: Activations, config: TrainConfig, out: str | Path | None = None,
 
     out: folder for the SAE, its log and, while it runs, a checkpoint every `checkpoint_seconds`. Given again, a
     finished run is read back and an interrupted one goes on, bit for bit. Without it nothing is written.
-    device: default is a GPU where there is one. log_rows: about this many rows in the log.
+    device: default is a GPU where there is one. log_rows: about this many rows in the log
+    of a whole run; one ended by `stop_after` logs the steps that the whole run would, and its own last.
 
     The log's columns: step, tokens, sparsity (λ), bandwidth (ε), loss_*, l0, fvu, dead (share), computed (share of
     pre-activations that the step went on with after the encoder), and for JumpReLU those of

@@ -6,18 +6,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from jumprelu import frequency
 from jumprelu.corpus import Tokens
 from jumprelu.frequency import (
     DESCRIPTORS,
     LatentSums,
+    beside_reference,
     describe_latents,
     excess_right,
     explained_share,
+    extreme_share,
     frequency_bands,
     frequency_histogram,
     log_bins,
+    nearest_runs,
+    values_at,
 )
 from jumprelu.hooks import capture
 from jumprelu.intervals import mean_interval
@@ -195,22 +200,27 @@ def test_description_errors(setting, monkeypatch):
 
 
 def test_bands_by_hand():
-    table = pd.DataFrame({"frequency": [0.0, 0.01, 0.05, 0.1, 0.3, 0.5, 0.9], **{name: np.arange(7.0) for name in DESCRIPTORS}})
-    table.loc[[0, 4], "by_token"] = np.nan
-    found = frequency_bands(table).set_index(["band", "quantity"])
+    one = pd.DataFrame({"frequency": [0.0, 0.01, 0.05, 0.1, 0.3, 0.5, 0.9], **{name: np.arange(7.0) for name in DESCRIPTORS}})
+    one.loc[[0, 4], "by_token"] = np.nan
+    two = pd.DataFrame({"frequency": [0.2, 0.02, 0.03], **{name: [10.0, 1.0, 2.0] for name in DESCRIPTORS}})
+    found = frequency_bands([one, two]).set_index(["band", "quantity"])
     assert list(dict.fromkeys(found.index.get_level_values(0))) == ["over 10 %", "1–10 %", "under 1 %", "dead"]
+    columns = ["mean", "low", "high", "seeds", "latents"]
     over = found.loc["over 10 %"]
-    assert tuple(over.loc["frequency", ["mean", "low", "high", "latents"]]) == (*mean_interval([0.3, 0.5, 0.9]), 3)
-    assert tuple(over.loc["by_token", ["mean", "low", "high", "latents"]]) == (*mean_interval([5.0, 6.0]), 2)
-    assert found.loc[("1–10 %", "threshold"), "mean"] == 2.5
-    assert tuple(found.loc[("under 1 %", "by_token"), ["mean", "latents"]]) == (1.0, 1)
-    assert np.isnan(found.loc[("under 1 %", "by_token"), "low"])
+    assert tuple(over.loc["threshold", columns]) == (*mean_interval([5.0, 10.0]), 2, 4)  # each seed counts once
+    assert tuple(over.loc["by_token", columns]) == (*mean_interval([5.5, 10.0]), 2, 3)
+    assert tuple(found.loc[("1–10 %", "threshold"), columns]) == (*mean_interval([2.5, 1.5]), 2, 4)
+    assert tuple(found.loc[("under 1 %", "by_token"), ["mean", "seeds", "latents"]]) == (1.0, 1, 1)
+    assert np.isnan(found.loc[("under 1 %", "by_token"), "low"])  # one seed has no interval
     assert np.isnan(found.loc[("dead", "by_token"), "mean"]) and found.loc[("dead", "by_token"), "latents"] == 0
     assert found.loc[("dead", "frequency"), "latents"] == 1
-    assert list(frequency_bands(table, edges=[0.2]).band.unique()) == ["over 20 %", "under 20 %", "dead"]
+    assert list(frequency_bands([one], edges=[0.2]).band.unique()) == ["over 20 %", "under 20 %", "dead"]
     for edges in ([], [0.1, 0.01], [0.0, 0.1], [0.1, 0.1]):
         with pytest.raises(ValueError, match="ascending"):
-            frequency_bands(table, edges)
+            frequency_bands([one], edges)
+    for tables in (one, []):
+        with pytest.raises(ValueError, match="one table of describe_latents a seed"):
+            frequency_bands(tables)
 
 
 def test_histogram_by_hand():
@@ -242,3 +252,45 @@ def test_excess_of_a_log_normal_and_of_a_right_mode():
     assert excess_right(torch.tensor([0.2, 0.2, 0.0]), above=0.1) == pytest.approx((2 / 3, 2 / 3))  # no spread
     with pytest.raises(ValueError, match="no latent fires"):
         excess_right(torch.zeros(4))
+
+
+def test_an_extreme_share_of_none_has_an_interval():
+    none = extreme_share([torch.full((500,), 0.5), torch.zeros(500)])
+    assert none.mean == 0 and none.low == 0
+    assert none.high == pytest.approx(1 - 0.025 ** (1 / 1000))  # P(none of 1000 | high) = 2.5 %
+    some = extreme_share([torch.tensor([0.6, 0.4]), torch.tensor([0.1, 0.9, 0.2, 0.3])], above=0.5)
+    assert some.mean == pytest.approx(2 / 6)
+    assert stats.binom.sf(1, 6, some.low) == pytest.approx(0.025)  # P(2 or more of 6)
+    assert stats.binom.cdf(2, 6, some.high) == pytest.approx(0.025)
+    for nothing in ([], [torch.zeros(0)]):
+        with pytest.raises(ValueError, match="no latents"):
+            extreme_share(nothing)
+
+
+@pytest.fixture
+def runs():
+    """Two seeds of a reference whose share rises linearly in log L0, and of others."""
+    rows = [("plain", seed, l0, 0.1 * np.log2(l0) + 0.01 * seed) for seed in (0, 1) for l0 in (8.0, 32.0, 128.0)]
+    rows += [("other", 1, 16.0, 0.3), ("other", 0, 64.0, 0.5), ("other", 1, 64.0, 0.4), ("other", 0, 256.0, 0.9)]
+    return pd.DataFrame(rows, columns=["architecture", "seed", "l0", "dense_10"])
+
+
+def test_nearest_runs(runs):
+    found = nearest_runs(runs, 60.0)  # between 32 and 128 by ratio nearer to 32, by difference too; 70 differs
+    assert found.index.tolist() == [1, 4, 7, 8]
+    assert nearest_runs(runs, 70.0).l0.tolist() == [128.0, 128.0, 64.0, 64.0]
+
+
+def test_shares_at_equal_l0(runs):
+    at = values_at(runs, "plain", 64.0)
+    assert at.index.tolist() == [0, 1]
+    np.testing.assert_allclose(at, [0.6, 0.61])
+    assert values_at(runs, "plain", 129.0).isna().all()
+    with pytest.raises(ValueError, match="no runs of 'TopK': the table has plain, other"):
+        values_at(runs, "TopK", 64.0)
+    other, plain = runs[runs.architecture == "other"], runs[runs.architecture == "plain"]
+    beside = beside_reference(other, plain)
+    assert beside.index.tolist() == other.index.tolist()
+    np.testing.assert_allclose(beside, [0.3 - 0.41, 0.5 - 0.6, 0.4 - 0.61, np.nan])
+    with pytest.raises(ValueError, match="no reference runs of seed 1"):
+        beside_reference(other, plain[plain.seed == 0])

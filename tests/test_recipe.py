@@ -1,5 +1,6 @@
 """Configuration and schedules."""
 
+import dataclasses
 import math
 
 import pytest
@@ -21,6 +22,15 @@ def test_schedules():
     assert bandwidth_at(TrainConfig(bandwidth=0.3), 77) == 0.3
 
 
+def test_schedules_do_not_notice_an_early_end():
+    whole = TrainConfig(steps=1000, bandwidth_end=0.01, sparsity_warmup=0.5)
+    half = dataclasses.replace(whole, stop_after=0.5)
+    for schedule in (lr_factor, sparsity_at, bandwidth_at):
+        assert [schedule(half, s) for s in range(500)] == [schedule(whole, s) for s in range(500)]
+    lengths = {share: dataclasses.replace(whole, stop_after=share).length for share in (1.0, 0.5, 0.3333, 1e-9)}
+    assert lengths == {1.0: 1000, 0.5: 500, 0.3333: 333, 1e-9: 1}
+
+
 def test_paper_recipe():
     config = paper_recipe(steps=100_000, d_sae=64)
     assert (config.lr, config.betas, config.batch_size) == (7e-5, (0.0, 0.999), 4096)
@@ -37,6 +47,9 @@ def test_paper_recipe():
     ({"bandwidth": 0.0}, "bandwidth must be above 0"),
     ({"steps": 0}, "steps must be above 0"),
     ({"lr_warmup": 1000}, "lr_warmup is a share of the run"),
+    ({"stop_after": 0.0}, "stop_after is a share of the run above 0 and at most 1, got 0.0"),
+    ({"stop_after": 1.5}, "stop_after is a share of the run above 0 and at most 1, got 1.5"),
+    ({"stop_after": math.nan}, "stop_after is a share of the run above 0"),
     ({"sparsity": -1.0}, "sparsity must be 0 or more"),
     ({"architecture": "topk", "k": 9, "d_sae": 8}, "k = 9 latents cannot be active"),
     ({"bandwidth_by_density": -0.5}, "bandwidth_by_density is an exponent of 0 or more, got -0.5"),

@@ -320,6 +320,33 @@ def test_a_checkpoint_of_any_step_is_gone_on_from(acts, tmp_path, changes, step)
     assert resumed.sae.fingerprint == whole.sae.fingerprint and resumed.log.equals(whole.log)
 
 
+@pytest.mark.parametrize("changes", [
+    {}, {"architecture": "batchtopk"}, {"architecture": "gated", "resample": (0.2, 0.5, 0.8), "dead_after": 300},
+    {"bandwidth_by_density": 1 / 3, "resample": (0.3, 0.7), "dead_after": 300, "bandwidth_end": 0.03},
+], ids=lambda changes: "-".join(changes) or "default")  # fmt: skip
+def test_a_run_stopped_half_way_has_the_bits_of_the_whole_run(acts, tmp_path, changes):
+    """Weights are held against the whole run's own state after 30 of its 60 steps, the log against its first rows."""
+    config = dataclasses.replace(SMALL, **changes)
+    half = dataclasses.replace(config, stop_after=0.5)
+    state = _State(acts, config, torch.device("cpu"))
+    batches = acts.batches(config.batch_size, seed=config.seed)
+    for number in range(30):
+        _advance(state, next(batches) / state.input_scale, log_this=False)
+        if number == 16:
+            state.save(tmp_path / "checkpoint.safetensors", digest(acts.fingerprint, dataclasses.asdict(half), 7))
+    expected = state.trainee.eval().fold(state.input_scale)
+    stopped = train(acts, half, device="cpu", log_rows=7)
+    for name, weight in expected.named_parameters():
+        assert torch.equal(weight, getattr(stopped.sae, name)), name
+    whole = train(acts, config, device="cpu")
+    assert stopped.log.step.tolist() == [0, 8, 16, 24, 29]  # every eighth of 60, and the last
+    assert stopped.log.equals(whole.log[whole.log.step.isin(stopped.log.step)].reset_index(drop=True))
+    assert not torch.equal(stopped.sae.W_dec, whole.sae.W_dec)
+    resumed = train(acts, half, out=tmp_path, device="cpu", log_rows=7)  # from step 17
+    assert resumed.sae.fingerprint == stopped.sae.fingerprint == load_sae(tmp_path).fingerprint
+    assert train(acts, half, out=tmp_path, device="cpu", log_rows=7).sae.fingerprint == stopped.sae.fingerprint
+
+
 def test_damaged_and_foreign_checkpoints(acts, tmp_path):
     state = _State(acts, SMALL, torch.device("cpu"))
     checkpoint = tmp_path / "checkpoint.safetensors"
@@ -384,6 +411,15 @@ def test_runs_together_have_the_bits_of_runs_alone(acts, alone, calls):
     assert_same(train_many(acts, SWEEP, device="cpu"), alone)
     assert calls == ["rows", "batches", "batches"]  # two batch sizes, two passes
     assert train_many(acts, [], device="cpu") == []
+
+
+def test_a_stopped_run_travels_with_others(acts, alone):
+    """Three looks at one run on its way, the longest not the last, beside a run that is longer than all of them."""
+    looks = [dataclasses.replace(SWEEP[2], stop_after=share) for share in (0.25, 0.8, 0.5)]
+    together = train_many(acts, [looks[0], SWEEP[0], *looks[1:]], device="cpu")
+    assert_same([together[1]], [alone[0]])
+    assert_same([together[0], *together[2:]], [train(acts, look, device="cpu") for look in looks])
+    assert [result.log.step.iloc[-1] for result in together] == [18, 99, 61, 37]  # of 77: 19.25, all of 100, 61.6, 38.5
 
 
 def test_blocks_of_any_size_give_the_same_bits(acts, alone, monkeypatch):

@@ -47,3 +47,17 @@ def points_and_mean(ax: plt.Axes, groups: pd.Series, values: pd.Series) -> None:
         ax.scatter(np.full(len(rows), position) + 0.12, rows, s=12, color=f"C{position}", alpha=0.6)
     ax.set_xticks(range(groups.nunique()), list(dict.fromkeys(groups)))
     ax.margins(x=0.25)
+
+
+ARCHITECTURES = {
+    "JumpReLU": "3f90da - o", "JumpReLU, fixed ε": "3f90da : X", "TopK": "ffa90e -- s", "TopK, approximate": "b9ac70 -. P",
+    "BatchTopK": "a96b59 -. D", "Gated": "bd1f01 -- ^", "Gated, original": "e76300 : v", "ReLU": "717581 : *",
+}  # fmt: skip
+
+
+def architecture_look(name: str) -> dict[str, str]:
+    """Colour, line and marker of an architecture, the same in every figure."""
+    if name in ARCHITECTURES:
+        return look_of(ARCHITECTURES[name])
+    number = sum(map(ord, name))
+    return {"color": f"C{number % 10}", "linestyle": ("-", "--", "-.", ":")[number % 4], "marker": "os^DvPX<>*"[number % 10]}

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from ..figures import MARKERS, use_style
 from ..intervals import mean_interval
-from .common import error_bars
+from .common import ARCHITECTURES, architecture_look, error_bars
 
 use_style()
 
@@ -20,9 +20,10 @@ BOUNDS = (0.01, 0.1)
 
 
 def _curves(data: pd.DataFrame) -> list[tuple[pd.DataFrame, dict[str, str]]]:
-    """Rows of each architecture and the look of its curve: colour and line style of the style sheet, marker, label."""
+    """Rows of each architecture and the look of its curve: that of all figures, or for other names the style sheet's next."""
     looks = zip(plt.rcParams["axes.prop_cycle"], MARKERS, data.groupby("architecture", sort=False), strict=False)
-    return [(rows, {**cycle, "marker": marker, "label": name}) for cycle, marker, (name, rows) in looks]
+    return [(rows, {**(architecture_look(name) if name in ARCHITECTURES else {**cycle, "marker": marker}), "label": name})
+            for cycle, marker, (name, rows) in looks]  # fmt: skip
 
 
 def frequency_histograms(data: pd.DataFrame) -> Figure:
@@ -57,6 +58,22 @@ def frequency_histograms(data: pd.DataFrame) -> Figure:
     return fig
 
 
+def _over_l0(ax: plt.Axes, data: pd.DataFrame, column: str) -> None:
+    """`column` against L0, a curve an architecture: mean and 95 % t-interval over seeds, of L0 as well.
+
+    The runs of one seed differ in their sparsity; the n-th sparsest of each seed belong together.
+    """
+    for rows, look in _curves(data):
+        rank = rows.groupby("seed").l0.rank(method="first")
+        l0, value = ([mean_interval(one[name]) for _, one in rows.groupby(rank)] for name in ("l0", column))
+        ax.errorbar([i.mean for i in l0], [i.mean for i in value], yerr=[i.half for i in value], xerr=[i.half for i in l0],
+                    capsize=2, elinewidth=0.8, **look)  # fmt: skip
+    ax.set(xscale="log", xlabel="L0")
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda l0, _: f"{l0:g}"))
+    ax.xaxis.set_minor_locator(ticker.NullLocator())
+
+
 def frequent_latents(data: pd.DataFrame) -> Figure:
     """Share of latents above each frequency against L0; mean and 95 % t-interval over seeds, of L0 as well.
 
@@ -66,17 +83,41 @@ def frequent_latents(data: pd.DataFrame) -> Figure:
     bounds = sorted(data.bound.unique())
     fig, axes = plt.subplots(1, len(bounds), figsize=(4.2 * len(bounds), 3.2), squeeze=False)
     for ax, bound in zip(axes[0], bounds, strict=True):
-        for rows, look in _curves(data[data.bound == bound]):
-            settings = rows.groupby(rows.groupby("seed").l0.rank(method="first"))
-            l0, share = ([mean_interval(one[column]) for _, one in settings] for column in ("l0", "share"))
-            ax.errorbar([i.mean for i in l0], [i.mean for i in share], yerr=[i.half for i in share], xerr=[i.half for i in l0],
-                        capsize=2, elinewidth=0.8, **look)  # fmt: skip
-        ax.set(xscale="log", xlabel="L0", title=f"fire on over {bound:.0%} of tokens", ylim=(0, None))
-        ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter(ticker.ScalarFormatter())
-        ax.xaxis.set_minor_locator(ticker.NullLocator())
+        _over_l0(ax, data[data.bound == bound], "share")
+        ax.set(title=f"fire on over {bound:.0%} of tokens", ylim=(0, None))
     axes[0, 0].set_ylabel("share of latents")
     axes[0, 0].legend()
+    return fig
+
+
+def dead_latents(data: pd.DataFrame) -> Figure:
+    """Share of latents that are dead against L0, a panel a way to count them; mean and 95 % t-interval over seeds.
+
+    data: one row a run and way to count: architecture, counted (the panel's title), l0, seed, share.
+    """
+    ways = list(data.counted.unique())
+    fig, axes = plt.subplots(1, len(ways), figsize=(4.2 * len(ways), 3.2), squeeze=False)
+    for ax, way in zip(axes[0], ways, strict=True):
+        _over_l0(ax, data[data.counted == way], "share")
+        ax.set_title(way)
+        ax.set_ylim(0, max(ax.get_ylim()[1], 0.01))  # nothing dead is a line at 0, and not an axis of rounding errors
+    axes[0, 0].set_ylabel("share of latents")
+    axes[0, -1].legend()
+    return fig
+
+
+def remedies(data: pd.DataFrame) -> Figure:
+    """What other sparsity losses do to frequent latents, and their price; mean and 95 % t-interval over seeds.
+
+    data: one row a run: architecture (the loss; the first is the plain one), seed, l0, dense_10 (share of latents that fire on
+    over 10 % of tokens), ratio (FVU over that of the plain loss at the run's L0; NaN outside of its range).
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    for ax, column in zip(axes, ("dense_10", "ratio"), strict=True):
+        _over_l0(ax, data, column)
+    axes[0].set(ylabel="share of latents", title=f"fire on over {BOUNDS[1]:.0%} of tokens", ylim=(0, None))
+    axes[1].set(ylabel="FVU over that of the plain loss", title="price at equal L0")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return fig
 
 
@@ -89,9 +130,9 @@ BAND_LABELS = {
 
 
 def latent_bands(data: pd.DataFrame) -> Figure:
-    """What latents are like, by how often they fire: one panel a descriptor, mean and 95 % interval over latents.
+    """What latents are like, by how often they fire: one panel a descriptor, mean and 95 % t-interval over seeds.
 
-    data: columns band, quantity, mean, low, high, latents (`frequency.frequency_bands`); raw units.
+    data: columns band, quantity, mean, low, high, seeds, latents (`frequency.frequency_bands`); raw units.
     """
     bands = list(data.band.unique())[::-1]  # the rarest on the left
     number = data[data.quantity == "frequency"].set_index("band").latents
