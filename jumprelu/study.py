@@ -132,23 +132,25 @@ def sweep_variants(stores: Activations | Sequence[Activations], variants: Mappin
     return Sweep(score_frame([name for name, *_ in named], runs), runs)
 
 
-def tune_lr(acts: Activations, variants: Mapping[str, Sequence[TrainConfig]], lrs: Sequence[float], lm: LM, tokens: Tokens,
+def tune_lr(acts: Activations, variants: Mapping[str, Sequence[TrainConfig]], lrs: Sequence[float], points: Sequence[int],
+            like: Mapping[str, str], lm: LM, tokens: Tokens,
             workers: int | None = None) -> tuple[pd.DataFrame, dict[str, list[TrainConfig]]]:
-    """Every variant at every learning rate, with seed 0: the runs' table, and each variant at its best rate.
+    """Variants at every learning rate, with seed 0: the runs' table, and each variant, whole, at its best rate.
 
-    The best is that of least FVU at equal L0 (:func:`jumprelu.frontier.tuned`, against the middle one of `lrs`); its columns
-    ratio and best are in the table. The seed is then also one of those that the comparison uses: what is chosen are three
-    numbers, from four runs each.
+    points: which of a variant's configurations are tried; like: variant → the one whose rate it takes over without being tried.
+    The best rate is that of least FVU at equal L0 (:func:`jumprelu.frontier.tuned`, against the middle one of `lrs`); the
+    table has its columns ratio and best. Seed 0 is then one of those that the comparison uses, too: what is chosen on it is one
+    number a variant.
     """
-    at = {lr: {name: [dataclasses.replace(config, lr=lr) for config in configs] for name, configs in variants.items()}
-          for lr in lrs}  # fmt: skip
-    named = {(name, lr): configs for lr, group in at.items() for name, configs in group.items()}
+    named = {(name, lr): [dataclasses.replace(configs[point], lr=lr) for point in points]
+             for name, configs in variants.items() if name not in like for lr in lrs}  # fmt: skip
     found = sweep_variants(acts, {f"{name} {lr}": configs for (name, lr), configs in named.items()}, [0], lm, tokens, workers)
     table = found.table.assign(architecture=[name for (name, _), configs in named.items() for _ in configs])
     judged = tuned(table, "lr", sorted(lrs)[len(lrs) // 2])
     table = table.merge(judged, on=["architecture", "lr", "seed"], how="left")
     best = {row.architecture: row.lr for row in judged[judged.best].itertuples()}
-    return table, {name: at[best[name]][name] for name in variants}
+    return table, {name: [dataclasses.replace(config, lr=best[like.get(name, name)]) for config in configs]
+                   for name, configs in variants.items()}  # fmt: skip
 
 
 def beside_frontier(table: pd.DataFrame, reference: pd.DataFrame, metric: str = "fvu") -> pd.DataFrame:
