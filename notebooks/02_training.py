@@ -27,6 +27,7 @@ import torch
 
 import jumprelu as jr
 from jumprelu import plots, study
+from jumprelu.claims import claim, ledger
 from jumprelu.intervals import mean_interval
 
 # %% tags=["parameters"]
@@ -186,6 +187,18 @@ def shown(by_bandwidth: dict, digits: int) -> str:
 
 ratio = {name: mean_interval(rows.norm_ratio) for name, rows in shrunk.groupby("architecture")}
 spread = {"JumpReLU": scores[0].l0_per_token.float().std(), "TopK": topk_score.l0_per_token.float().std()}
+
+# %% tags=["nbval-ignore-output"]
+varies = mean_interval([float(score.l0_per_token.double().std() / score.l0.value) for score in scores])
+factor, much = "Σ x·x̂ / Σ‖x̂‖², about the mean", float("inf")
+ledger("02", [
+    claim("S1", "JumpReLU", "L0 trained directly avoids shrinkage (within 2 %).", factor, ratio["JumpReLU, L0"], (0.98, 1.02),
+          "02_shrinkage"),
+    claim("S2", "JumpReLU", "A ReLU trained with L1 shrinks what it reconstructs (over 2 %).", factor,
+          ratio["ReLU, L1"], (1.02, much), "02_shrinkage"),
+    claim("S3", "JumpReLU", "L0 varies by token (by over a tenth of its mean).", "sd of L0 over tokens / mean", varies,
+          (0.1, much), "02_l0_by_token"),
+])[["id", "claim", "value", "low", "high", "verdict"]]
 
 # %% tags=["facts"]
 first = scores[0]

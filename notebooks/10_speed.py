@@ -14,8 +14,8 @@
 # %% [markdown]
 # # How fast, and why
 #
-# The JumpReLU paper argues that its SAEs are as cheap to train and to run as ReLU SAEs: one elementwise threshold more, and
-# no partial sort as TopK needs. This notebook derives what a training step has to cost, shows that this package's step is the
+# The JumpReLU paper argues that its SAEs are as cheap to train and to run as ReLU SAEs: one elementwise threshold more, and no
+# partial sort as TopK needs. This notebook derives what a training step has to cost, shows that this package's step is the
 # exact one although it computes a fraction of it, and compares it with other libraries on the same machine.
 #
 # What is timed was measured by `make benchmark` and lies in `figures/benchmark*.csv`: times differ from run to run, and so
@@ -30,8 +30,9 @@ import torch
 import jumprelu as jr
 from jumprelu import frontier, plots, sparse, steptime, study
 from jumprelu.architectures import Trainee
+from jumprelu.claims import claim, ledger
 from jumprelu.figures import read_measured
-from jumprelu.intervals import mean_interval
+from jumprelu.intervals import Interval, mean_interval
 from jumprelu.losses import DENSE
 
 # %% tags=["parameters"]
@@ -69,8 +70,8 @@ print(f"benchmark on {machine['cpu']} with {', '.join(machine['cpu_features'])},
 # FLOPs a token, if one never computes the gradient of x, which nothing needs.
 #
 # But the loss depends on the pre-activations through a small set only: **S**, the entries that are active, and those within
-# ε/2 of their threshold, because these train θ. Everything outside S has gradient zero, exactly. So only the encoder must
-# look at all latents; the reconstruction and the gradients of both matrices need the active entries, and the gradient of the
+# ε/2 of their threshold, because these train θ. Everything outside S has gradient zero, exactly. So only the encoder must look
+# at all latents; the reconstruction and the gradients of both matrices need the active entries, and the gradient of the
 # activations, which θ needs too, all of S. Mind the inactive part of the window: a sparse step that keeps the active entries
 # alone would train θ with only some of its samples.
 
@@ -83,8 +84,8 @@ total = by_hand[["dense", "on_s"]].sum()
 print(f"dense over sparse: {total.dense / total.on_s:.1f}")
 
 # %% [markdown]
-# Bytes: Adam reads parameter, gradient and both moments and writes three of them, 28 bytes a parameter and step in float32.
-# At β₁ = 0, the papers' choice, the first moment *is* the gradient, so the gradient's memory serves as its own: 24 bytes, and
+# Bytes: Adam reads parameter, gradient and both moments and writes three of them, 28 bytes a parameter and step in float32. At
+# β₁ = 0, the papers' choice, the first moment *is* the gradient, so the gradient's memory serves as its own: 24 bytes, and
 # half the optimiser's state. The atoms' projection and renormalisation would go over them again; here they are done block by
 # block in the same pass (`optim.py`).
 #
@@ -123,8 +124,8 @@ print("largest relative difference below 1e-5:", {name: difference < 1e-5 for na
 # can hide (‖x − x̃‖‖w‖ + 2⁻⁸‖x̃‖‖w‖, by Cauchy and Schwarz, and a little for the sums), and what is found computed again in
 # float32. Then no value comes from bfloat16, and S is the same set.
 #
-# **What is computed.** The same runs with both searches. They are no longer the same bits, because a product of two vectors
-# is not summed in the same order, and training amplifies such differences; they should differ by less than seeds do.
+# **What is computed.** The same runs with both searches. They are no longer the same bits, because a product of two vectors is
+# not summed in the same order, and training amplifies such differences; they should differ by less than seeds do.
 
 # %%
 config = jr.TrainConfig(d_sae=d_sae, steps=steps, batch_size=batch_size, bandwidth_end=bandwidth_end)
@@ -139,10 +140,10 @@ jr.save_figure(plots.search_dtype(searched), "10_search_dtype", searched)
 # ## Measured: training
 #
 # **What is computed.** Training steps of each library's own trainer, in turns on the same batches, on the same machine, with
-# as many threads: medians over rounds with quartiles. *This package* in all its architectures, at the L0 in the table (set by a
-# shift of the biases after a short warm-up) and ε = 0.02, where a run ends in which it falls from the default 0.1; "bf16"
-# searches in bfloat16. The grey bars are yardsticks of the machine: the encoder's matmul alone, in one piece, into memory
-# that is there already; and five times that, which is what the matmuls of a dense step come to.
+# as many threads: medians over rounds with quartiles. *This package* in all its architectures, at the L0 in the table (set by
+# a shift of the biases after a short warm-up) and ε = 0.02, where a run ends in which it falls from the default 0.1; "bf16"
+# searches in bfloat16. The grey bars are yardsticks of the machine: the encoder's matmul alone, in one piece, into memory that
+# is there already; and five times that, which is what the matmuls of a dense step come to.
 #
 # The second size has synthetic activations, because the embedded model is only 256 wide.
 
@@ -159,9 +160,9 @@ failed = speed[speed.error.notna()]
 print(failed[["system", "architecture", "error"]].drop_duplicates().to_string(index=False) if len(failed) else "all of them ran")
 
 # %% [markdown]
-# A dense step has dozens of elementwise operations on [batch, d_sae] besides its matmuls, each of which reads and writes
-# tens of megabytes. On S those matrices do not exist. What `entries` adds to `l0` is the inactive part of the window: the
-# price of training θ, which ReLU and TopK do not pay.
+# A dense step has dozens of elementwise operations on [batch, d_sae] besides its matmuls, each of which reads and writes tens
+# of megabytes. On S those matrices do not exist. What `entries` adds to `l0` is the inactive part of the window: the price of
+# training θ, which ReLU and TopK do not pay.
 #
 # ## Where the rest of the time goes
 #
@@ -180,9 +181,9 @@ print(shares.map("{:.0%}".format).to_string())
 # %% [markdown]
 # ## When dense is faster
 #
-# **What is computed.** The time of a step over the share of entries in S, which θ sets. A step decides by its own batch:
-# above `sparse.DENSE_ABOVE` it is dense, and above `sparse.BF16_BELOW` it searches in float32, because what bfloat16 finds
-# has to be computed a second time.
+# **What is computed.** The time of a step over the share of entries in S, which θ sets. A step decides by its own batch: above
+# `sparse.DENSE_ABOVE` it is dense, and above `sparse.BF16_BELOW` it searches in float32, because what bfloat16 finds has to be
+# computed a second time.
 
 # %%
 by_density = read_measured("benchmark_density.csv")
@@ -191,8 +192,8 @@ jr.save_figure(plots.density(by_density), "10_density", by_density)
 # %% [markdown]
 # ## Measured: inference
 #
-# **What is computed.** Encoding and decoding of the same batches by the same systems; ours looks for what is active in the faster
-# type, but for TopK.
+# **What is computed.** Encoding and decoding of the same batches by the same systems; ours looks for what is active in the
+# faster type, but for TopK.
 
 # %%
 encoding = speed[(speed.task == "inference") & speed.error.isna()][shown].reset_index(drop=True)
@@ -213,8 +214,8 @@ jr.save_figure(plots.equal_tokens(quality), "10_equal_tokens", quality)
 
 # %% [markdown]
 # Where a peer's runs and ours overlap in L0, the two frontiers are compared, seed by seed: the geometric mean of the ratio of
-# their FVU over that range (`frontier.py`). "recommended" and "paper" are the library's and the paper's settings, "adapted" has
-# constants for so short a run, as ours do.
+# their FVU over that range (`frontier.py`). "recommended" and "paper" are the library's and the paper's settings, "adapted"
+# has constants for so short a run, as ours do.
 
 # %%
 matched = []
@@ -265,6 +266,28 @@ def against(peer: str) -> tuple[str, str, bool, bool]:
 spread = searched.groupby("search").fvu.agg(lambda fvu: fvu.max() - fvu.min()).max()
 by_search = searched.pivot(index="seed", columns="search", values="fvu")
 size_names = [f"d_in {row.d_in}, d_sae {row.d_sae}" for row in speed.drop_duplicates(["d_in", "d_sae"]).itertuples()]
+
+# %% [markdown]
+# For the ledger the spread of a ratio is that from quartile to quartile of its two rates, which says how far a repetition on
+# this machine may be off, and nothing about other machines.
+
+# %% tags=["nbval-ignore-output"]
+
+
+def quartiles(other: str, task: str = "train", dtype: str = "float32") -> Interval:
+    """JumpReLU's rate over another architecture's: medians, and the ratios of opposite quartiles."""
+    rows = speed[(speed.system == "jumprelu") & (speed.task == task) & (speed.dtype == dtype)].groupby("architecture").first()
+    mine, theirs = rows.loc["jumprelu"], rows.loc[other]
+    return Interval(mine.tokens_per_s / theirs.tokens_per_s, mine.tokens_per_s_q1 / theirs.tokens_per_s_q3,
+                    mine.tokens_per_s_q3 / theirs.tokens_per_s_q1)  # fmt: skip
+
+
+ledger("10", [
+    claim("E1", "JumpReLU", "As cheap to train as a ReLU SAE (at least 0.8 of its rate).",
+          "tokens/s, JumpReLU / ReLU, with quartiles", quartiles("relu"), (0.8, float("inf")), "10_speed"),
+    claim("E2", "JumpReLU", "Cheaper to train than TopK: no partial sort.", "tokens/s, JumpReLU / exact TopK, with quartiles",
+          quartiles("topk"), (1, float("inf")), "10_speed"),
+])[["id", "claim", "value", "low", "high", "verdict"]]
 
 # %% tags=["facts"]
 facts = {
