@@ -77,14 +77,14 @@ def verdict_of(interval: Interval | None, holds: tuple[float, float]) -> str:
 
 
 def claim(id: str, paper: str, sentence: str, quantity: str, interval: Interval | None, holds: tuple[float, float],
-          figure: str, reason: str = "") -> Claim:
+          figure: str, reason: str = "", missing: str = "") -> Claim:
     """A claim with the verdict that the measurement gives it.
 
     id: short tag, such as "J1"; paper: who claims it; sentence: the claim; quantity: what was measured, with its unit;
     interval: the measurement, floats, None if there is none; holds: (low, high), the region of the quantity in which
     the claim is true, its ends included, -inf or inf for an open side; figure: the figure that shows it, such as
-    "03_pareto" ('' only where nothing could be measured); reason: why it is out of reach at this scale, needed if it
-    is, else a comment.
+    "03_pareto" ('' only where nothing could be measured); reason: a comment, kept whatever the verdict; missing: what it would
+    take to measure it, kept only if it is out of reach at this scale. Then one of the two is needed.
 
     Raises ValueError for an empty or broken text, a region or an interval that is none, and a missing reason.
     """
@@ -93,7 +93,7 @@ def claim(id: str, paper: str, sentence: str, quantity: str, interval: Interval 
     for name, text in {"paper": paper, "sentence": sentence, "quantity": quantity}.items():
         if not text.strip():
             raise ValueError(f"{id}: {name} is empty; write it out, because the ledger is read without the notebook")
-    for name, text in {"paper": paper, "sentence": sentence, "quantity": quantity, "reason": reason}.items():
+    for name, text in {"paper": paper, "sentence": sentence, "quantity": quantity, "reason": reason, "missing": missing}.items():
         if "\n" in text or "<!--" in text:
             raise ValueError(f"{id}: {name} must be one line without an HTML comment, because it becomes part of a row "
                              f"of README's table, got {text!r}")
@@ -107,9 +107,11 @@ def claim(id: str, paper: str, sentence: str, quantity: str, interval: Interval 
         if interval.low > interval.mean or interval.mean > interval.high:
             raise ValueError(f"{id}: the interval must be Interval(mean, low, high) with low ≤ mean ≤ high, got {interval}")
     verdict = verdict_of(interval, (low, high))
+    if verdict == OUT_OF_REACH:
+        reason = "; ".join(filter(None, (reason, missing)))
     if verdict == OUT_OF_REACH and not reason.strip():
         raise ValueError(f"{id} is out of reach at this scale, since there is no interval without NaN: "
-                         "give `reason`, what it would take to measure it")
+                         "give `missing`, what it would take to measure it")
     if not re.fullmatch(r"\d\d_[a-z0-9_]+", figure) and not (verdict == OUT_OF_REACH and figure == ""):
         raise ValueError(f"{id}: figure must be the notebook's number and the figure's name, such as '03_pareto', got {figure!r}")
     numbers = interval or Interval(math.nan, math.nan, math.nan)

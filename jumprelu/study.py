@@ -180,19 +180,26 @@ def ratios_by_place(table: pd.DataFrame, main: pd.DataFrame, one: str, others: S
     return pd.DataFrame(rows, columns=["place", "other", "metric", "mean", "low", "high"])
 
 
-def scaling_table(acts: Activations, lm: LM, tokens: Tokens, variants: Mapping[str, TrainConfig], widths: Sequence[int],
-                  lengths: Sequence[int], seeds: Sequence[int], workers: int | None = None) -> pd.DataFrame:
-    """Each of `variants` at several widths (d_sae) and, at its own width, several lengths (steps).
+def scaling_table(acts: Activations, lm: LM, tokens: Tokens, variants: Mapping[str, Sequence[TrainConfig]], l0: float,
+                  widths: Sequence[int], lengths: Sequence[int], seeds: Sequence[int],
+                  workers: int | None = None) -> pd.DataFrame:
+    """Errors at one L0 over width (d_sae) and, at the variants' own width, over length (steps).
 
-    One row a run and metric: architecture, quantity ("width", "tokens"), x (its value), seed, metric ("fvu", "delta_loss"),
-    value, l0.
+    variants: name → one configuration whose L0 is `l0` by construction (TopK), or several with L0 on both sides of it, between
+    which each seed is interpolated (:func:`jumprelu.frontier.at_l0`; NaN if they do not enclose it). One row a seed and metric:
+    architecture, quantity ("width", "tokens"), x (its value), seed, metric ("fvu", "delta_loss"), value.
     """
     named = {}
-    for name, config in variants.items():
-        named |= {(name, "width", width): dataclasses.replace(config, d_sae=width) for width in widths}
-        named |= {(name, "tokens", n * config.batch_size): dataclasses.replace(config, steps=n) for n in lengths}
-    table = sweep_variants(acts, {str(key): [config] for key, config in named.items()}, seeds, lm, tokens, workers).table
-    keys = {str(key): key for key in named}
-    rows = [(*keys[row.architecture], row.seed, metric, getattr(row, metric), row.l0)
-            for row in table.itertuples() for metric in ("fvu", "delta_loss")]  # fmt: skip
-    return pd.DataFrame(rows, columns=["architecture", "quantity", "x", "seed", "metric", "value", "l0"])
+    for name, configs in variants.items():
+        named |= {(name, "width", width): [dataclasses.replace(c, d_sae=width) for c in configs] for width in widths}
+        tokens_of = configs[0].batch_size
+        named |= {(name, "tokens", n * tokens_of): [dataclasses.replace(c, steps=n) for c in configs] for n in lengths}
+    table = sweep_variants(acts, {str(key): configs for key, configs in named.items()}, seeds, lm, tokens, workers).table
+    frontiers = dict(list(table.groupby(["architecture", "seed"])))
+    rows = []
+    for key, configs in named.items():
+        for seed in seeds:
+            one = frontiers[str(key), seed]
+            rows += [(*key, seed, metric, one[metric].iloc[0] if len(configs) == 1 else at_l0(one, l0, metric))
+                     for metric in ("fvu", "delta_loss")]  # fmt: skip
+    return pd.DataFrame(rows, columns=["architecture", "quantity", "x", "seed", "metric", "value"])

@@ -105,8 +105,7 @@ print(f"one latent is {1 / d_sae:.2%} of d_sae; at L0 = {matched_l0:g} a latent 
 # of 131k latents. No seeds or intervals are given.
 #
 # **What is computed.** The share of latents above 1 % and above 10 % of held-out tokens, for every run of the sweep of
-# notebook
-# 03. Points are means over seeds, bars 95 % t-intervals.
+# notebook 03. Points are means over seeds, bars 95 % t-intervals.
 
 # %%
 table = main.table[main.table.architecture.isin(compared)]
@@ -245,8 +244,8 @@ def over_seeds(name: str, column: str):
 
 def judged(id: str, paper: str, sentence: str, quantity: str, interval, holds: tuple, figure: str, comment: str = ""):
     """A claim; where it has no interval, with what it would take."""
-    wanting = "" if np.isfinite(interval).all() else f"needs two seeds, and runs of both kinds on either side of {equal}"
-    return claim(id, paper, sentence, quantity, interval, holds, figure, "; ".join(filter(None, (comment, wanting))))
+    return claim(id, paper, sentence, quantity, interval, holds, figure, comment,
+                 missing=f"needs two seeds, and runs of both kinds on either side of {equal}")  # fmt: skip
 
 
 penalties = {name: configs[0].frequency_reference for name, configs in treated_with.items() if configs[0].loss == "frequency"}
@@ -284,31 +283,23 @@ ledger("04", claims)[["id", "claim", "value", "low", "high", "verdict"]]
 # %% [markdown]
 # ## Facts
 
-# %%
-fewer = {name: mean_interval(frequency.values_at(main.table, name, matched_l0)).mean for name in compared}
-reached = {name: f"{mean_interval(rows.l0).mean:.0f}" for name, rows in near.groupby("architecture", sort=False)}
-targets = pd.DataFrame([(run.config.loss, run.config.l0_target, run.report.l0.value) for run in treated.runs],
-                       columns=["loss", "target", "l0"])  # fmt: skip
-targets = targets[targets.loss.str.startswith("l0")].groupby(["loss", "target"], sort=False).l0.mean()
-silent_of = pd.Series(silent, main.table.index)[main.table.architecture == "JumpReLU"]
-sparsest = plain.loc[plain.groupby("seed").l0.idxmin()].index
-
-
-def percent(share: float) -> int | str:
-    return "not reached" if np.isnan(share) else round(100 * share)
-
+# %% tags=["nbval-ignore-output"]
+by_name = near.groupby("architecture", sort=False)
+numbers = pd.DataFrame({
+    f"above 10 % at {equal}": {name: mean_interval(frequency.values_at(main.table, name, matched_l0)).mean for name in compared},
+    "L0 of the nearest runs": {name: rows.l0.mean() for name, rows in by_name},
+    "their silent share": {name: np.mean([silent[number] for number in rows.index]) for name, rows in by_name},
+})
+print(numbers.round(3).to_string())
+aims = pd.DataFrame([(run.config.loss, run.config.l0_target, run.report.l0.value) for run in treated.runs],
+                    columns=["loss", "target", "L0"])  # fmt: skip
+print(aims[aims.loss.str.startswith("l0")].groupby(["loss", "target"], sort=False).L0.mean().round(1).to_string())
 
 # %% tags=["facts"]
 jr.facts("04", {
     "held-out tokens": n_tokens,
     "one latent, % of d_sae": float(f"{100 / d_sae:.1g}"),
     f"mean frequency at {equal}, %": float(f"{100 * matched_l0 / d_sae:.2g}"),
-    **{f"above 10 % at {equal}, {name}, % of latents": percent(share) for name, share in fewer.items()},
-    f"latents on over {often:.0%} of tokens near {equal}, JumpReLU": sum(int((f > often).sum()) for f in frequencies["JumpReLU"]),
-    f"L0 of the runs near {equal}, {' / '.join(shown)}": " / ".join(reached[name] for name in shown),
-    f"dead near {equal}, JumpReLU, % of latents": percent(silent_of[chosen].mean()),
-    "dead in the sparsest runs, JumpReLU, % of latents": percent(silent_of[sparsest].mean()),
-    "L0 target → L0": ", ".join(f"{loss} {target:g} → {l0:.0f}" for (loss, target), l0 in targets.items()),
     "Gated has more above 10 % than TopK, beyond its interval": bool(versus("TopK", "Gated").high < 0),
     "the frequency penalty has fewer above 10 % at equal L0, beyond its interval": bool(
         over_seeds(strongest, "dense_10_difference").high < 0),

@@ -264,21 +264,21 @@ narrow, usual, wide = bandwidths[0], middle.bandwidth, bandwidths[-1]
 small, large = (f"ε = {e:g} over ε = {usual:g}" for e in (narrow, wide))
 claims = [
     claim("J15a", "JumpReLU", "A pseudo-gradient to z as well spoils the fit.", costs, change("STE to z as well"),
-          (1, everything), "05_ablations", why),
+          (1, everything), "05_ablations", missing=why),
     claim("J15b", "JumpReLU", "With a pseudo-gradient to z, over 1 % of latents die.", "share of dead latents",
           change("STE to z as well", "dead"), (0.01, everything), "05_ablations"),
     claim("J15c", "JumpReLU", "JumpReLU needs the L0 penalty: with L1 it is worse.", costs, change("JumpReLU with L1"),
-          (1, everything), "05_ablations", why),
+          (1, everything), "05_ablations", missing=why),
     claim("J15d", "JumpReLU", "The L0 penalty needs the jump: with a ReLU it is worse.", costs, change("ReLU with L0, STE to z"),
-          (1, everything), "05_ablations", why),
+          (1, everything), "05_ablations", missing=why),
     *(claim(f"J15{letter}", "JumpReLU", f"The {name} is about as good as the rectangle (within 5 %).", costs, change(name), about,
-            "05_ablations", why)
+            "05_ablations", missing=why)
       for letter, name in (("e", "triangular kernel"), ("f", "Gaussian kernel"), ("g", "Epanechnikov kernel"))),
     *(claim(f"J14{letter}", "JumpReLU", f"An L0 target ({name}) is met within 10 %.", "L0 on held-out text / target",
             mean_interval((rows.l0 / rows.target).groupby(rows.seed).mean()), (0.9, 1.1), "05_l0_targets")
       for letter, (name, rows) in zip("abc", hit.groupby("loss", sort=False), strict=False)),
     claim("GFa", "Gemma Scope", "A wide ε costs fidelity.", f"FVU at equal L0, {large}", against("ratio", wide, usual),
-          (1, everything), "05_bandwidth_sweep", why),
+          (1, everything), "05_bandwidth_sweep", missing=why),
     claim("GFb", "Gemma Scope", "With a narrow ε thresholds fail to train (under half the way).", f"travel of log θ, {small}",
           against("threshold_travel", narrow, usual), (nothing, 0.5), "05_bandwidth_sweep"),
     claim("GFc", "Gemma Scope", "With a narrow ε the SAE is less sparse.", f"L0 at the same λ, {small}",

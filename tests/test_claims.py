@@ -76,7 +76,7 @@ def test_the_verdict_is_of_the_numbers_before_they_are_rounded(folder):
 
 
 def test_what_is_not_measured_needs_a_reason():
-    with pytest.raises(ValueError, match="J1 is out of reach.*give `reason`"):
+    with pytest.raises(ValueError, match="J1 is out of reach.*give `missing`"):
         one(interval=None)
     with pytest.raises(ValueError, match="J1 is out of reach"):
         one(interval=mean_interval([0.5]))  # one seed has no interval
@@ -85,6 +85,8 @@ def test_what_is_not_measured_needs_a_reason():
     found = one(interval=None, reason="needs 9 billion parameters", figure="")
     assert found.verdict == "out of reach at this scale" and all(map(math.isnan, found[4:7])) and found.figure == ""
     assert one(interval=mean_interval([0.5]), reason="one seed").value == 0.5
+    kept = one(interval=None, reason="a comment", missing="needs a GPU").reason
+    assert kept == "a comment; needs a GPU" and one(reason="a comment", missing="needs a GPU").reason == "a comment"
 
 
 @pytest.mark.parametrize(

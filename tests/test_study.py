@@ -67,7 +67,11 @@ def test_sweeps_tuning_and_scaling(tmp_path, monkeypatch):
     assert [(run.config.seed, run.config.k) for run in found.runs] == list(zip(found.table.seed, [2, 6] * 4, strict=True))
     chosen = table[table.best].fvu.tolist()
     assert found.table[(found.table.architecture == "TopK") & (found.table.seed == 0)].fvu.tolist() == chosen
-    grown = study.scaling_table(acts, lm, tokens, {"TopK": best["TopK"][0]}, [12, 24], [6, 12], [0], workers=1)
+    grown = study.scaling_table(acts, lm, tokens, {"TopK": best["TopK"][:1], "both": best["TopK"]}, 3, [12, 24], [6, 12], [0],
+                                workers=1)  # fmt: skip
+    between = grown[(grown.architecture == "both") & (grown.metric == "fvu") & (grown.x == 24)].value.item()
+    assert between == pytest.approx(frontier.at_l0(table[table.best], 3.0))
+    grown = grown[grown.architecture == "TopK"]
     assert len(grown) == 8 and sorted(set(grown[grown.quantity == "tokens"].x)) == [6 * 32, 12 * 32]
     whole = grown[(grown.metric == "fvu") & grown.x.isin([24, 12 * 32])].value
     assert whole.nunique() == 1 and whole.iloc[0] == chosen[0]  # the same run, met from both sides

@@ -9,7 +9,7 @@ from matplotlib import ticker
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from ..figures import MARKERS, use_style
+from ..figures import use_style
 from ..intervals import mean_interval
 from ..scaling import fit_power_law
 from .common import architecture_look, error_bars
@@ -41,8 +41,8 @@ def _log_axes(ax: plt.Axes) -> None:
 def tuning(data: pd.DataFrame) -> Figure:
     """One panel an architecture, one curve a learning rate: columns architecture, lr, l0, fvu, best."""
     groups = list(data.groupby("architecture", sort=False))
-    rows = -(-len(groups) // 4)
-    fig, axes = plt.subplots(rows, 4, figsize=(11, 2.6 * rows), sharex=True, sharey=True, squeeze=False)
+    rows = -(-len(groups) // 3)
+    fig, axes = plt.subplots(rows, 3, figsize=(9.5, 2.6 * rows), sharex=True, sharey=True, squeeze=False)
     for ax, (name, runs) in zip(axes.flat, groups, strict=False):
         for number, (lr, one) in enumerate(runs.groupby("lr")):
             one = one.sort_values("l0")
@@ -145,7 +145,7 @@ def place_ratios(data: pd.DataFrame) -> Figure:
     axes[0, 0].set_yticks(range(data.place.nunique()), list(dict.fromkeys(data.place)))
     axes[0, 0].invert_yaxis()
     fig.supxlabel("ratio at equal L0 (below 1: JumpReLU is the better one)", fontsize=9)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig
 
 
@@ -164,7 +164,7 @@ def scaling(data: pd.DataFrame) -> Figure:
                            for column, names in (("quantity", SCALED), ("metric", METRIC_LABELS)))  # fmt: skip
     fig, axes = plt.subplots(len(metrics), len(quantities), figsize=(3.9 * len(quantities), 2.7 * len(metrics) + 0.3),
                              sharex="col", sharey="row", squeeze=False)  # fmt: skip
-    looks = list(zip(data.architecture.unique(), plt.rcParams["axes.prop_cycle"], MARKERS, strict=False))
+    looks = [(name, architecture_look(name)) for name in data.architecture.unique()]
     dashes = {"linestyle": (0, (2, 1.5)), "linewidth": 0.8}
     hollow = {"markerfacecolor": "none", "markersize": 6}
     for line, metric in zip(axes, metrics, strict=True):
@@ -173,18 +173,18 @@ def scaling(data: pd.DataFrame) -> Figure:
             ax.set(xscale="log", yscale="log")
             shown = data[(data.metric == metric) & (data.quantity == quantity)]
             span = shown.x.max() / shown.x.min()
-            for place, (name, look, marker) in enumerate(looks):
+            for place, (name, look) in enumerate(looks):
                 rows = shown[shown.architecture == name]
                 found = {x: mean_interval(values) for x, values in rows.groupby("x").value}  # in the order of x
                 x, means = np.array(list(found)), np.array([each.mean for each in found.values()])
                 apart = x * span ** (0.015 * (place - (len(looks) - 1) / 2))
                 ax.errorbar(apart, means, yerr=[each.half for each in found.values()], capsize=2, elinewidth=0.8,
-                            marker=marker, label=name, **look)  # fmt: skip
+                            label=name, **look)  # fmt: skip
                 middles += list(means[means > 0])
                 if len(x) > 2 and (means[:-1] > 0).all():
                     predicted = fit_power_law(x[:-1], means[:-1]).at(x[-2:])
                     ax.plot(apart[-2:], predicted, color=look["color"], **dashes)
-                    ax.plot(apart[-1], predicted[-1], color=look["color"], marker=marker, **hollow)
+                    ax.plot(apart[-1], predicted[-1], color=look["color"], marker=look["marker"], **hollow)
                     middles.append(predicted[-1])
         low, high = line[0].get_ylim()  # an interval of few seeds may go down to 0, and would flatten the curves
         line[0].set_ylim(max(low, min(middles) / 3), min(high, max(middles) * 3))
