@@ -314,7 +314,7 @@ def values_at(table: pd.DataFrame, architecture: str, l0: float, metric: str = "
     runs = table[table.architecture == architecture]
     if runs.empty:
         raise ValueError(f"no runs of {architecture!r}: the table has {', '.join(map(str, table.architecture.unique()))}")
-    return pd.Series({seed: at_l0(rows, l0, metric) for seed, rows in runs.groupby("seed")}, dtype=float)
+    return pd.Series({seed: at_l0(rows, l0, metric, log=False) for seed, rows in runs.groupby("seed")}, dtype=float)
 
 
 def beside_reference(table: pd.DataFrame, reference: pd.DataFrame, metric: str = "dense_10") -> pd.Series:
@@ -327,5 +327,5 @@ def beside_reference(table: pd.DataFrame, reference: pd.DataFrame, metric: str =
     missing = sorted(set(table.seed) - set(frontiers))
     if missing:
         raise ValueError(f"no reference runs of seed {', '.join(map(str, missing))}: train the reference with these seeds too")
-    return pd.Series([row[metric] - at_l0(frontiers[row.seed], row.l0, metric) for _, row in table.iterrows()],
+    return pd.Series([row[metric] - at_l0(frontiers[row.seed], row.l0, metric, log=False) for _, row in table.iterrows()],
                      index=table.index, dtype=float)

@@ -2,10 +2,13 @@
 
 A frontier is a table with a row for each run: columns architecture, seed, l0 and metrics such as fvu and delta_loss.
 
-How two are compared (:func:`compare`): in each seed by itself, both metrics are interpolated, linearly in log L0, on a grid
-over the range of L0 that both reach; the mean of the logarithm of their ratio over that grid is the seed's comparison. A
-t-interval over seeds, turned back from logarithms, is the result. The runs of one seed saw the same batches in the same order,
+How two are compared (:func:`compare`): in each seed by itself, the logarithm of the metric is interpolated, linearly in log L0,
+on a grid over the range of L0 that both reach; the mean of the difference of logarithms over that grid is the seed's comparison.
+A t-interval over seeds, turned back from logarithms, is the result. The runs of one seed saw the same batches in the same order,
 so what a seed's data has to do with it cancels in the ratio. Nothing is extrapolated: no overlap, no comparison.
+
+Frontiers are nearly straight between two logarithms. On a plain metric a chord lies above a convex curve, by more where points
+are further apart, and the curve with the wider gaps would lose by that.
 """
 
 from __future__ import annotations
@@ -22,32 +25,40 @@ POINTS = 33
 """Points of the grid over the common range of log L0."""
 
 
-def at_l0(frontier: pd.DataFrame, l0: float | np.ndarray, metric: str = "fvu") -> float | np.ndarray:
-    """A metric of a frontier at an L0, linear in log L0 between its points; NaN outside of them."""
+def at_l0(frontier: pd.DataFrame, l0: float | np.ndarray, metric: str = "fvu", log: bool = True) -> float | np.ndarray:
+    """A metric of a frontier at an L0, between its points; NaN outside of them.
+
+    Its logarithm (`log`; NaN next to a value that is not positive), or for shares, which may be 0, itself, is linear in log L0.
+    """
     ordered = frontier.sort_values("l0")
-    found = np.interp(np.log(l0), np.log(ordered.l0), ordered[metric], left=np.nan, right=np.nan)
+    values = ordered[metric].to_numpy(float)
+    values = np.log(np.where(values > 0, values, np.nan)) if log else values
+    found = np.interp(np.log(l0), np.log(ordered.l0), values, left=np.nan, right=np.nan)
+    found = np.exp(found) if log else found
     return float(found) if np.ndim(found) == 0 else found
 
 
-def matched_ratio(one: pd.DataFrame, other: pd.DataFrame, metric: str = "fvu") -> float:
+def matched_ratio(one: pd.DataFrame, other: pd.DataFrame, metric: str = "fvu", worst: bool = False) -> float:
     """Metric of a frontier over that of another at equal L0: geometric mean over their common range of log L0.
 
-    NaN if the ranges have less than two points in common, or a metric is not positive there.
+    worst: the largest ratio in that range instead. NaN if the ranges have less than two points in common, or a metric is not
+    positive there.
     """
     low, high = max(one.l0.min(), other.l0.min()), min(one.l0.max(), other.l0.max())
     if not low < high:
         return float("nan")
     grid = np.geomspace(low, high, POINTS)[1:-1]  # an end of the range may fall outside of it by rounding
     ratio = at_l0(one, grid, metric) / at_l0(other, grid, metric)
-    return float(np.exp(np.log(ratio).mean())) if (ratio > 0).all() else float("nan")
+    return float(ratio.max() if worst else np.exp(np.log(ratio).mean()))
 
 
-def seed_ratios(table: pd.DataFrame, one: str, other: str, metric: str = "fvu") -> pd.Series:
+def seed_ratios(table: pd.DataFrame, one: str, other: str, metric: str = "fvu", worst: bool = False) -> pd.Series:
     """:func:`matched_ratio` of two architectures in each seed that both have; index: seed."""
     mine, theirs = (dict(list(table[table.architecture == name].groupby("seed"))) for name in (one, other))
     if not mine or not theirs:
         raise ValueError(f"no runs of {one if not mine else other!r}: the table has {', '.join(table.architecture.unique())}")
-    return pd.Series({seed: matched_ratio(mine[seed], theirs[seed], metric) for seed in mine if seed in theirs}, dtype=float)
+    both = [seed for seed in mine if seed in theirs]
+    return pd.Series({seed: matched_ratio(mine[seed], theirs[seed], metric, worst) for seed in both}, dtype=float)
 
 
 def log_interval(ratios: Iterable[float], spread: float | None = None, degrees: int = 0) -> Interval:
@@ -66,9 +77,9 @@ def log_interval(ratios: Iterable[float], spread: float | None = None, degrees: 
     return Interval(*(float(np.exp(logs.mean() + step)) for step in (0.0, -half, half)))
 
 
-def compare(table: pd.DataFrame, one: str, other: str, metric: str = "fvu") -> Interval:
+def compare(table: pd.DataFrame, one: str, other: str, metric: str = "fvu", worst: bool = False) -> Interval:
     """Metric of one architecture over another's at equal L0, with its 95 % interval over seeds; below 1: `one` is better."""
-    return log_interval(seed_ratios(table, one, other, metric))
+    return log_interval(seed_ratios(table, one, other, metric, worst))
 
 
 def bands(table: pd.DataFrame, metric: str = "fvu", points: int = POINTS) -> pd.DataFrame:

@@ -11,6 +11,7 @@ Notable here:
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,9 @@ from .train import TrainResult, train, train_many
 
 TOGETHER = 8
 """At most so many runs are trained in one pass over the data: their weights and moments are in memory at once."""
+
+LOG_ROWS = 20
+"""Rows in the log of a run: a row costs about two steps, so a hundred would be much of so short a run."""
 
 Run = tuple[Activations, TrainConfig]
 
@@ -67,7 +71,7 @@ class Job(NamedTuple):
 
 def train_and_score(acts: Activations, config: TrainConfig, lm: LM, tokens: Tokens) -> Report:
     """The :class:`Report` on `tokens` of an SAE trained on `acts`: what :func:`sweep` does for each of its runs."""
-    return evaluate(remember(train, acts, config).sae, lm, tokens)
+    return evaluate(remember(train, acts, config, log_rows=LOG_ROWS).sae, lm, tokens)
 
 
 def sweep(runs: Sequence[Run], lm: LM, tokens: Tokens, workers: int | None = None) -> list[Scored]:
@@ -81,8 +85,8 @@ def sweep(runs: Sequence[Run], lm: LM, tokens: Tokens, workers: int | None = Non
     """
     workers = workers or _cores()
     with _one_thread():  # of which the key of a result speaks
-        jobs = [Job(acts.folder, config, slot(train, acts, config).folder, slot(train_and_score, acts, config, lm, tokens))
-                for acts, config in runs]  # fmt: skip
+        jobs = [Job(acts.folder, config, slot(train, acts, config, log_rows=LOG_ROWS).folder,
+                    slot(train_and_score, acts, config, lm, tokens)) for acts, config in runs]  # fmt: skip
     tasks = _tasks([job for job in jobs if not job.report.filled], workers)
     with tqdm(total=sum(map(len, tasks)), desc="SAEs", unit="run", leave=bool(tasks)) as progress:
         if lm.device.type == "cpu":
@@ -127,9 +131,14 @@ def _cost(job: Job) -> int:
     return job.config.length * job.config.batch_size * job.config.d_sae
 
 
+_opened = functools.lru_cache(maxsize=4)(open_activations)
+"""A worker reads and checks a store once, and not for every task."""
+
+
 def _work(task: Sequence[Job], lm: LM, tokens: Tokens) -> int:
     """Train and score the runs of a task, and keep what comes out; returns their number."""
-    results = train_many(open_activations(task[0].store), [job.config for job in task], out=[job.folder for job in task])
+    results = train_many(_opened(task[0].store), [job.config for job in task], out=[job.folder for job in task],
+                         log_rows=LOG_ROWS)  # fmt: skip
     for job, report in zip(task, evaluate_many([result.sae for result in results], lm, tokens), strict=True):
         job.report.write(report)
     return len(task)

@@ -15,10 +15,10 @@
 # # Sparsity against fidelity
 #
 # The paper's main result is a set of curves: at equal L0, JumpReLU SAEs lose no more of the language model's loss than TopK
-# SAEs and less than Gated ones, at three sites and three layers of Gemma 2 9B (its figures for the residual stream, the MLP
-# and the attention output). Each point there is one run. Here every architecture is trained on the same batches, tuned with
-# the same effort, over several seeds, and two curves are compared with a number and its interval. Then: does the order depend
-# on site, layer, width and number of tokens?
+# SAEs and less than Gated ones, at three sites and three layers of Gemma 2 9B (what we know of its figures is second-hand).
+# Each point there is one run. Here every architecture is trained on the same batches with learning rates tuned alike, over
+# several seeds, and two curves are compared with a number and its interval. Then: does the order depend on site, layer, width
+# and number of tokens?
 
 # %%
 import dataclasses
@@ -48,8 +48,9 @@ batch_size: int = 256
 dead_after: int = 25000  # tokens of silence after which a latent counts as dead
 seeds: int = 3
 variants: dict = {  # name: what differs from the defaults of TrainConfig; lists: one value for each point of the curve
-    "JumpReLU": {"bandwidth_end": 0.02, "threshold_init": [0.1, 0.07, 0.045, 0.03], "sparsity": [0.002, 0.001, 0.001, 0.001]},
-    "JumpReLU, fixed ε": {"threshold_init": [0.1, 0.07, 0.045, 0.03], "sparsity": [0.002, 0.001, 0.001, 0.001]},
+    "JumpReLU": {"threshold_init": [0.1, 0.07, 0.045, 0.03], "sparsity": [0.002, 0.001, 0.001, 0.001]},
+    "JumpReLU, ε falls": {"bandwidth_end": 0.02, "threshold_init": [0.1, 0.07, 0.045, 0.03],
+                          "sparsity": [0.002, 0.001, 0.001, 0.001]},
     "TopK": {"architecture": "topk", "k": [10, 20, 36, 64]},
     "TopK, approximate": {"architecture": "topk", "k": [10, 20, 36, 64], "topk_buckets": 128},
     "BatchTopK": {"architecture": "batchtopk", "k": [10, 20, 36, 64]},
@@ -60,7 +61,7 @@ variants: dict = {  # name: what differs from the defaults of TrainConfig; lists
 }  # fmt: skip
 lrs: list = [0.003, 0.006, 0.012]  # each variant is tried at all, and compared at its best
 tuning_points: list = [0, 3]  # at these points of its curve
-same_lr: dict = {"JumpReLU, fixed ε": "JumpReLU", "TopK, approximate": "TopK"}  # these take over a rate
+same_lr: dict = {"JumpReLU, ε falls": "JumpReLU", "TopK, approximate": "TopK"}  # these take over a rate
 place_variants: list = ["JumpReLU", "TopK", "Gated", "ReLU"]  # at the further sites and layers
 place_d_sae: int = 256
 place_steps: int = 150
@@ -82,17 +83,19 @@ print(acts)
 print(f"evaluation: {len(test_tokens)} rows of {len(test_tokens.document.unique())} held-out documents")
 
 # %% [markdown]
-# ## The same effort for each architecture
+# ## Learning rates, tuned alike
 #
 # **What the paper does.** Its baselines are Gated SAEs (with an L1 that does not depend on the norm of the atoms, "RI-L1") and
 # TopK SAEs with an auxiliary loss for dead latents, each with settings of its own.
 #
 # **What is computed.** A comparison that tunes one side only says nothing. Each variant is trained at each of a few learning
-# rates, at all of its sparsities, and its best rate is the one whose frontier lies lowest at equal L0, by the statistic that
-# is described below. "Gated" is the paper's RI-L1 baseline, "Gated, original" has atoms of norm 1 and resamples dead latents;
-# "TopK, approximate" keeps the largest of those that are each the largest of a bucket, which needs no sort; "JumpReLU" lets ε
-# fall during the run, "fixed ε" does not (notebook 05 looks into that). The L1 variants have a shorter warm-up of λ, without
-# which they are still dense at the end of so short a run.
+# rates at two of its sparsities (two variants take over the rate of their nearest relative), and its best rate is the one
+# whose frontier lies lowest at equal L0, by the statistic that is described below. Only the rate is searched for; the other
+# settings of each, in the cell of parameters, were set by hand. "Gated" is the paper's RI-L1 baseline, "Gated, original" has
+# atoms of norm 1 and resamples dead latents; "TopK, approximate" is trained with the largest of those that are each the
+# largest of a bucket, which needs no sort, and scored with exact top-k; "JumpReLU" is the paper's, with one ε, and "ε falls"
+# lets it fall during the run (notebook 05 looks into that). The L1 variants have a shorter warm-up of λ, without which they
+# are still dense at the end of so short a run.
 
 # %%
 base = jr.TrainConfig(d_sae=d_sae, steps=steps, batch_size=batch_size, dead_after=dead_after)
@@ -106,8 +109,8 @@ jr.save_figure(plots.tuning(tried), "03_tuning", tried)
 #
 # ## Frontiers
 #
-# **What the paper claims.** At any L0 JumpReLU has a lower delta LM loss than Gated, and one that is no higher, often slightly
-# lower, than TopK's; the order is the same in FVU. No intervals are given.
+# **What the paper claims** (second-hand). At any L0 JumpReLU has a lower delta LM loss than Gated, and one that is no higher,
+# often slightly lower, than TopK's; the order is the same in FVU. No intervals are given.
 #
 # **What is computed.** Every variant at its rate, at four sparsities, over seeds; a seed sets initial weights and the order of
 # the batches, so that all variants of one seed see the same batches. Markers are runs, lines the mean over seeds, bands 95 %
@@ -124,9 +127,10 @@ jr.save_figure(plots.pareto(shown), "03_pareto", shown)
 # %% [markdown]
 # ## One number for two curves
 #
-# In each seed by itself, both metrics are interpolated, linearly in log L0, over the range of L0 that both curves reach, and
-# the logarithm of their ratio is averaged over that range. The mean over seeds with its t-interval, turned back from
-# logarithms, is the comparison: 0.9 means a tenth less error at equal L0. Nothing is extrapolated.
+# In each seed by itself, the logarithms of both metrics are interpolated, linearly in log L0, over the range of L0 that both
+# curves reach, and their difference is averaged over that range. The mean over seeds with its t-interval, turned back from
+# logarithms, is the comparison: 0.9 means a tenth less error at equal L0. Nothing is extrapolated. A run that lies far off its
+# curve has collapsed; it is kept, because a rate at which one seed of three collapses is part of what a variant is like.
 
 # %%
 others = [name for name in best if name != "JumpReLU"]
@@ -140,12 +144,12 @@ jr.save_figure(plots.matched_l0(matched), "03_matched_l0", matched)
 # %% [markdown]
 # ## Other sites and layers
 #
-# **What the paper claims.** The same order at the residual stream, the MLP output and the attention output, early, in the
-# middle and late.
+# **What the paper claims** (second-hand). The same order at the residual stream, the MLP output and the attention output,
+# early, in the middle and late.
 #
-# **What is computed.** Smaller and shorter runs of five architectures, at the learning rates found above, on three sites and
-# three layers. A place with a single seed cannot tell its own spread: its interval uses the standard deviation over seeds of
-# the same comparison at the main place above, which assumes that places differ in their ratio and not in its spread.
+# **What is computed.** Smaller and shorter runs of four architectures, at the learning rates found above. A place with a
+# single seed cannot tell its own spread: its interval uses the standard deviation over seeds of the same comparison at the
+# main place above, which assumes that neither the place nor the size of the run changes that spread.
 
 # %%
 stores = [acts, *(jr.remember(jr.harvest, lm, train_tokens, site=s, layer=n, dtype=storage) for s, n in places)]
@@ -192,13 +196,15 @@ laws = pd.concat([
 # ## What holds here
 #
 # The ledger's verdicts follow from the intervals: "reproduced" if the whole interval lies where the claim is true, "not
-# reproduced" if none of it does, else "undecided".
+# reproduced" if none of it does, else "undecided". The intervals are over seeds that share the held-out documents, on which
+# the rates were chosen too: they say how another run would come out, and nothing about other text. What is claimed at every
+# sparsity is judged by the largest ratio over the range of L0.
 
 # %% tags=["nbval-ignore-output"]
 
 
-def versus(one: str, other: str, metric: str = "delta_loss"):
-    return frontier.compare(main.table, one, other, metric)
+def versus(one: str, other: str, metric: str = "delta_loss", worst: bool = False):
+    return frontier.compare(main.table, one, other, metric, worst)
 
 
 def of_site(other: str, wanted: str):
@@ -212,20 +218,27 @@ def of_site(other: str, wanted: str):
 nothing = float("-inf")
 
 
-def paper(id: str, sentence: str, one: str, other: str, holds: tuple, metric: str = "delta_loss", source: str = "JumpReLU"):
+few = "needs two seeds, and curves that overlap in L0"
+
+
+def paper(id: str, sentence: str, one: str, other: str, holds: tuple, metric: str = "delta_loss", source: str = "JumpReLU",
+          worst: bool = False):
     """A claim on two architectures at the main place."""
-    quantity = f"{'FVU' if metric == 'fvu' else 'delta LM loss'} at equal L0, {one} / {other}"
-    return claim(id, source, sentence, quantity, versus(one, other, metric), holds, "03_matched_l0")
+    error = {"fvu": "FVU", "delta_loss": "delta LM loss"}[metric]
+    quantity = f"{error} at equal L0, {one} / {other}" + (", largest over L0" if worst else "")
+    return claim(id, source, sentence, quantity, versus(one, other, metric, worst), holds, "03_matched_l0", missing=few)
 
 
 better, level, same = (nothing, 1), (nothing, 1.05), (1 / 1.05, 1.05)  # "level" and "as good" leave a tolerance of 5 %
 claims = [
-    paper("J3a", "Better than Gated at any sparsity (residual stream).", "JumpReLU", "Gated", better),
+    paper("J3a", "Better than Gated at any sparsity (residual stream).", "JumpReLU", "Gated", better, worst=True),
+    paper("J3e", "Better than the original Gated at any sparsity (residual stream).", "JumpReLU", "Gated, original", better,
+          worst=True),
     paper("J3b", "Level with or better than TopK (residual stream; up to 5 % counts as level).", "JumpReLU", "TopK", level),
     paper("J3c", "Slightly better than TopK (residual stream).", "JumpReLU", "TopK", better),
     paper("J3d", "TopK is better than Gated (residual stream).", "TopK", "Gated", better),
     *(claim(f"{number}{letter}", "JumpReLU", f"{what}, at the {name}.", f"delta LM loss at equal L0, JumpReLU / {other}",
-            of_site(other, where), holds, "03_place_ratios", missing="this site is not among the places")
+            of_site(other, where), holds, "03_place_ratios", missing="not among the places, or no overlap in L0")
       for number, where, name in (("J4", "mlp_out", "MLP output"), ("J5", "attn_out", "attention output"))
       for letter, other, what, holds in (("a", "Gated", "Better than Gated", better),
                                          ("b", "TopK", "Level with or better than TopK", level))),

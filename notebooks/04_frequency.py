@@ -49,8 +49,9 @@ batch_size: int = 256
 dead_after: int = 25000  # tokens of silence after which a latent counts as dead
 seeds: int = 3
 variants: dict = {  # name: what differs from the defaults of TrainConfig; lists: one value for each point of the curve
-    "JumpReLU": {"bandwidth_end": 0.02, "threshold_init": [0.1, 0.07, 0.045, 0.03], "sparsity": [0.002, 0.001, 0.001, 0.001]},
-    "JumpReLU, fixed ε": {"threshold_init": [0.1, 0.07, 0.045, 0.03], "sparsity": [0.002, 0.001, 0.001, 0.001]},
+    "JumpReLU": {"threshold_init": [0.1, 0.07, 0.045, 0.03], "sparsity": [0.002, 0.001, 0.001, 0.001]},
+    "JumpReLU, ε falls": {"bandwidth_end": 0.02, "threshold_init": [0.1, 0.07, 0.045, 0.03],
+                          "sparsity": [0.002, 0.001, 0.001, 0.001]},
     "TopK": {"architecture": "topk", "k": [10, 20, 36, 64]},
     "TopK, approximate": {"architecture": "topk", "k": [10, 20, 36, 64], "topk_buckets": 128},
     "BatchTopK": {"architecture": "batchtopk", "k": [10, 20, 36, 64]},
@@ -61,23 +62,23 @@ variants: dict = {  # name: what differs from the defaults of TrainConfig; lists
 }  # fmt: skip
 lrs: list = [0.003, 0.006, 0.012]  # each variant is tried at all, and compared at its best
 tuning_points: list = [0, 3]  # at these points of its curve
-same_lr: dict = {"JumpReLU, fixed ε": "JumpReLU", "TopK, approximate": "TopK"}  # these take over a rate
+same_lr: dict = {"JumpReLU, ε falls": "JumpReLU", "TopK, approximate": "TopK"}  # these take over a rate
 workers: int = 0  # processes that train, each with one thread; 0: one a core
 threads: int = 2
 compared: list = ["JumpReLU", "TopK", "BatchTopK", "Gated", "Gated, original", "ReLU"]  # in the figures against L0
 shown: list = ["JumpReLU", "TopK", "Gated", "ReLU"]  # in the histograms
 matched_l0: float = 40.0  # L0 at which architectures are compared
 remedies: dict = {  # other losses of JumpReLU SAEs, in the form of `variants`; at JumpReLU's learning rate and two of its starts
-    "frequency, ω₀ = 0.1": {"sparsity_loss": "frequency", "frequency_reference": 0.1, "bandwidth_end": 0.02,
-                            "threshold_init": [0.07, 0.045], "sparsity": [0.0005, 0.0003]},
-    "frequency, ω₀ = 0.03": {"sparsity_loss": "frequency", "frequency_reference": 0.03, "bandwidth_end": 0.02,
-                             "threshold_init": [0.07, 0.045], "sparsity": [0.0003, 0.00015]},
-    "L0 target, per token": {"sparsity_loss": "l0_target", "l0_target": [30, 55], "bandwidth_end": 0.02,
-                             "threshold_init": [0.07, 0.045], "sparsity": [0.3, 0.6]},
-    "L0 target, per batch": {"sparsity_loss": "l0_target_batch", "l0_target": [30, 55], "bandwidth_end": 0.02,
-                             "threshold_init": [0.07, 0.045], "sparsity": [0.3, 0.6]},
-    "L0 quadratic": {"sparsity_loss": "l0_quadratic", "l0_target": [30, 55], "bandwidth_end": 0.02,
-                     "threshold_init": [0.07, 0.045], "sparsity": [0.005, 0.0055]},
+    "frequency, ω₀ = 0.1": {"sparsity_loss": "frequency", "frequency_reference": 0.1,
+        "threshold_init": [0.07, 0.045], "sparsity": [0.0005, 0.0003]},
+    "frequency, ω₀ = 0.03": {"sparsity_loss": "frequency", "frequency_reference": 0.03,
+        "threshold_init": [0.07, 0.045], "sparsity": [0.0003, 0.00015]},
+    "L0 target, per token": {"sparsity_loss": "l0_target", "l0_target": [30, 55],
+        "threshold_init": [0.07, 0.045], "sparsity": [0.3, 0.6]},
+    "L0 target, per batch": {"sparsity_loss": "l0_target_batch", "l0_target": [30, 55],
+        "threshold_init": [0.07, 0.045], "sparsity": [0.3, 0.6]},
+    "L0 quadratic": {"sparsity_loss": "l0_quadratic", "l0_target": [30, 55],
+        "threshold_init": [0.07, 0.045], "sparsity": [0.005, 0.0055]},
 }  # fmt: skip
 often: float = 0.5  # share of tokens above which a latent fires "extremely often"
 described: int = 2048  # latents of an SAE that are described, at most

@@ -19,7 +19,9 @@
 
 # %%
 import dataclasses
+import functools
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -46,7 +48,7 @@ dead_after: int = 25000  # tokens of silence after which a latent counts as dead
 lr: float = 0.006
 seeds: int = 3
 reference: dict = {  # the recipe at several sparsities: fields of TrainConfig that differ from its defaults
-    "bandwidth_end": 0.02, "threshold_init": [0.1, 0.07, 0.045, 0.03, 0.015], "sparsity": [0.002, 0.001, 0.001, 0.001, 0.0003],
+    "threshold_init": [0.1, 0.07, 0.045, 0.03, 0.015], "sparsity": [0.002, 0.001, 0.001, 0.001, 0.0003],
 }  # fmt: skip
 setting: int = 2  # which of these the ablations start from
 ablations: dict = {  # name: what is changed
@@ -54,9 +56,9 @@ ablations: dict = {  # name: what is changed
     "JumpReLU with L1": {"sparsity_loss": "l1", "sparsity": 0.05},
     "ReLU with L0, STE to z": {"architecture": "relu", "sparsity_loss": "l0", "sparsity": 0.001},
     "ReLU with L1": {"architecture": "relu", "sparsity": 0.1, "sparsity_warmup": 0.1},
-    "triangular kernel": {"kernel": "triangular", "bandwidth": 0.0707, "bandwidth_end": 0.0141},
-    "Gaussian kernel": {"kernel": "gaussian", "bandwidth": 0.0289, "bandwidth_end": 0.0058},
-    "Epanechnikov kernel": {"kernel": "epanechnikov", "bandwidth": 0.0645, "bandwidth_end": 0.0129},
+    "triangular kernel": {"kernel": "triangular", "bandwidth": 0.0707},
+    "Gaussian kernel": {"kernel": "gaussian", "bandwidth": 0.0289},
+    "Epanechnikov kernel": {"kernel": "epanechnikov", "bandwidth": 0.0645},
     "θ itself, not log θ": {"log_threshold": False},
     "θ learns 0.1 times as fast": {"threshold_lr": 0.1},
     "θ starts at 0.01": {"threshold_init": 0.01},
@@ -65,18 +67,18 @@ ablations: dict = {  # name: what is changed
     "b_dec from zero": {"mean_b_dec": False},
     "Adam with β₁ = 0.9": {"betas": [0.9, 0.999]},
     "paper's lr 7e-5": {"lr": 7e-05},
-    "paper's θ_init = ε = 0.001": {"threshold_init": 0.001, "bandwidth": 0.001, "bandwidth_end": 0.001},
-    "batches of 2,048, as many tokens": {"batch_size": 2048, "steps": 38},
+    "paper's θ_init = ε = 0.001": {"threshold_init": 0.001, "bandwidth": 0.001},
 }
-bandwidths: list = [0.003, 0.02, 0.1, 0.5]  # of runs with a fixed ε
+bandwidth_setting: int = 3  # of the reference, with a θ_init that lies below where θ wants to be
+bandwidths: list = [0.003, 0.02, 0.1, 0.5]  # ε of those runs
 targets: list = [20.0, 45.0]  # for the losses with an L0 target
 target_losses: dict = {"per token": {"sparsity_loss": "l0_target", "sparsity": 0.3},
                        "mean of the batch": {"sparsity_loss": "l0_target_batch", "sparsity": 1.0},
                        "quadratic, per token": {"sparsity_loss": "l0_quadratic", "sparsity": 0.01}}  # fmt: skip
-methods: dict = {  # ways to choose ε, and two rivals, each at the same three sparsities
-    "fixed ε": {"bandwidth_end": 0.1},
+methods: dict = {  # ways to choose ε; the first is what the others are compared with
+    "fixed ε": {},
     "ε falls": {"bandwidth_end": 0.02},
-    "ε by latent": {"bandwidth_end": 0.1, "bandwidth_by_density": 0.3333},
+    "ε by latent": {"bandwidth_by_density": 0.3333},
     "both": {"bandwidth_end": 0.02, "bandwidth_by_density": 0.3333},
 }
 method_settings: list = [1, 3]  # of the reference
@@ -111,14 +113,15 @@ def trained(variants: dict, number_of_seeds: int = seeds, store=acts) -> study.S
 # %% [markdown]
 # ## One change at a time
 #
-# **What the paper claims.** Letting the estimator's pseudo-gradient reach the pre-activations leaves dead latents and a poor
-# fit (second-hand, an ablation of the conference version); both the jump and the L0 penalty are needed; the kernel hardly
-# matters (second-hand). Its recipe: log θ, θ_init = ε = 0.001, lr 7e-5, batches of 4,096, no decay of the learning rate.
+# **What the paper claims** (all second-hand). Letting the estimator's pseudo-gradient reach the pre-activations leaves dead
+# latents and a poor fit (an ablation of the conference version); both the jump and the L0 penalty are needed; the kernel
+# hardly matters. Its recipe: log θ, θ_init = ε = 0.001, lr 7e-5, batches of 4,096, no decay of the learning rate.
 #
-# **What is computed.** The recipe of notebook 03 with one thing changed. A change moves L0 as well, so its FVU is divided by
-# that of the unchanged recipe at the same L0, seed by seed (the recipe's own frontier, linear in log L0). Above 1: the change
-# costs fidelity. Bars are 95 % t-intervals over seeds. Where L0 leaves the range of that frontier there is no ratio, only the
-# L0. Kernels have the rectangle's standard deviation.
+# **What is computed.** The recipe of notebook 03 with one thing changed. (With L1 atoms keep no norm, and its price is one
+# that gives an L0 in range; a ReLU can be trained with L0 only with the pseudo-gradient to z.) A change moves L0 as well, so
+# its FVU is divided by that of the unchanged recipe at the same L0, seed by seed (the recipe's own frontier). Above 1: the
+# change costs fidelity. Bars are 95 % t-intervals over seeds. Where L0 leaves the range of that frontier there is no ratio,
+# only the L0. Kernels have the rectangle's standard deviation.
 
 # %%
 frontier_runs = trained({"the recipe": recipe})
@@ -137,10 +140,12 @@ jr.save_figure(plots.ablations(ablated), "05_ablations", ablated)
 # sparsity and less than optimal fidelity; with a small ε the thresholds fail to train, and the SAE fails to be sparse.
 #
 # **What is computed.** Runs with a fixed ε, everything else equal: L0, how far log θ has travelled, and FVU over that of the
-# recipe at equal L0. Notebook 01 measured why: the bias grows in proportion to ε, the noise of a batch as 1/√ε.
+# recipe at equal L0. Which way a θ that is not trained moves L0 depends on its start: here, as in Gemma Scope, it lies below
+# where θ wants to be, so that a stuck θ means a dense SAE; notebook 02 starts above. Notebook 01 measured why: the bias grows
+# in proportion to ε, the noise of a batch as 1/√ε.
 
 # %%
-fixed = {f"{e:g}": [dataclasses.replace(recipe[setting], bandwidth=e, bandwidth_end=None)] for e in bandwidths}
+fixed = {f"{e:g}": [dataclasses.replace(recipe[bandwidth_setting], bandwidth=e)] for e in bandwidths}
 swept = trained(fixed)
 sweep_table = study.beside_frontier(swept.table, frontier_runs.table).assign(
     bandwidth=[float(name) for name in swept.table.architecture],
@@ -152,8 +157,8 @@ jr.save_figure(plots.bandwidth_sweep(sweep_table), "05_bandwidth_sweep", sweep_t
 # %% [markdown]
 # ## Losses with an L0 target
 #
-# **What is claimed.** λ(‖f‖₀/target − 1)² trains an SAE to a chosen L0; the form per token or for the mean of the batch is
-# ambiguous in what we could read, and Gemma Scope 2 uses 2/target·(‖f‖₀ − target)² per token (second-hand).
+# **What is claimed** (second-hand). λ(‖f‖₀/target − 1)² trains an SAE to a chosen L0; the form per token or for the mean of
+# the batch is ambiguous in what we could read, and Gemma Scope 2 uses 2/target·(‖f‖₀ − target)² per token.
 #
 # **What is computed.** All three, at several targets: the L0 they end at, and FVU over the plain recipe's at that L0. A
 # penalty for each token also punishes tokens for needing more latents than others.
@@ -175,8 +180,8 @@ jr.save_figure(plots.l0_targets(hit), "05_l0_targets", hit)
 #
 # **What is computed.** ε fixed at 0.1; falling geometrically to 0.02 over most of the run; ε of each latent in proportion to
 # the density of its pre-activations at its threshold to the power −1/3, the exponent that balances a bias of first order
-# against the variance; and both. Each at three sparsities and several lengths of the run, next to TopK at its tuned learning
-# rate. The number is FVU over that of the fixed ε at equal L0 and length, seed by seed.
+# against the variance; and both. Each at two sparsities and several lengths of the run, next to TopK at the learning rate that
+# notebook 03 found for it. The number is FVU over that of the fixed ε at equal L0 and length, seed by seed.
 
 # %%
 points = [recipe[n] for n in method_settings]
@@ -220,7 +225,7 @@ jr.save_figure(plots.annealing(compared), "05_annealing", compared)
 # but a parameter that moves by lr a step does.
 
 # %%
-looks = {share: dataclasses.replace(middle, bandwidth_end=None, stop_after=share) for share in along}
+looks = {share: dataclasses.replace(middle, stop_after=share) for share in along}
 halted = trained({f"{share:g}": [look] for share, look in looks.items()}, 1)
 measured = jr.remember(
     bandwidth.gradients_along, acts, dict(zip(looks, (run.sae() for run in halted.runs), strict=True)),
@@ -229,7 +234,8 @@ measured = jr.remember(
 )  # fmt: skip
 averaged = along_steps * batch_size / along_batch_size
 errors, least = (f(measured, along_bandwidths[0], averaged) for f in (bandwidth.along_run, bandwidth.best_along))
-falling = {share: bandwidth_at(middle, look.length) for share, look in looks.items()}
+fall = dataclasses.replace(middle, **methods["ε falls"])
+falling = {share: bandwidth_at(fall, look.length) for share, look in looks.items()}
 seen = errors.merge(least, on="share").assign(schedule=lambda table: table.share.map(falling))
 jr.save_figure(plots.estimator_along_run(seen), "05_estimator_along_run", seen)
 
@@ -259,37 +265,55 @@ def of_method(name: str, place: str = f"{site}, layer {layer}", tokens: int = le
 
 costs, about = "FVU over the recipe's at equal L0", (1 / 1.05, 1.05)
 unlike = "FVU at equal L0, falling / fixed"
-why = "its L0 lies outside the range of the recipe's frontier"
+why = "needs two seeds, and an L0 within the range of the curve it is compared with"
 narrow, usual, wide = bandwidths[0], middle.bandwidth, bandwidths[-1]
 small, large = (f"ε = {e:g} over ε = {usual:g}" for e in (narrow, wide))
+judged = functools.partial(claim, missing=why)
+unchanged = frontier_runs.table.groupby("seed").nth(setting).set_index("seed")
+more_dead = mean_interval(ablated[ablated.architecture == "STE to z as well"].set_index("seed").dead - unchanged.dead)
+by_change = ablated.set_index(["architecture", "seed"]).ratio
+without_jump = frontier.log_interval(by_change["ReLU with L0, STE to z"] / by_change["STE to z as well"])
+tiny = float.fromhex("0x1p-1000")  # above zero
+
+
+def miss(rows: pd.DataFrame):
+    """The worst target of each seed: the factor by which L0 is off."""
+    off = np.exp(np.abs(np.log(rows.l0 / rows.target))).groupby(rows.seed).max()
+    found = mean_interval(off)
+    return found._replace(low=max(1.0, found.low)) if np.isfinite(found.low) else found
+
+
 claims = [
-    claim("J15a", "JumpReLU", "A pseudo-gradient to z as well spoils the fit.", costs, change("STE to z as well"),
-          (1, everything), "05_ablations", missing=why),
-    claim("J15b", "JumpReLU", "With a pseudo-gradient to z, over 1 % of latents die.", "share of dead latents",
-          change("STE to z as well", "dead"), (0.01, everything), "05_ablations"),
-    claim("J15c", "JumpReLU", "JumpReLU needs the L0 penalty: with L1 it is worse.", costs, change("JumpReLU with L1"),
-          (1, everything), "05_ablations", missing=why),
-    claim("J15d", "JumpReLU", "The L0 penalty needs the jump: with a ReLU it is worse.", costs, change("ReLU with L0, STE to z"),
-          (1, everything), "05_ablations", missing=why),
-    *(claim(f"J15{letter}", "JumpReLU", f"The {name} is about as good as the rectangle (within 5 %).", costs, change(name), about,
-            "05_ablations", missing=why)
+    judged("J15a", "JumpReLU", "A pseudo-gradient to z as well spoils the fit.", costs, change("STE to z as well"),
+          (1, everything), "05_ablations"),
+    judged("J15b", "JumpReLU", "A pseudo-gradient to z as well kills latents.",
+          "share of latents that never fire, minus the recipe's", more_dead, (tiny, everything), "05_ablations"),
+    judged("J15c", "JumpReLU", "JumpReLU needs the L0 penalty: with L1 it is worse.", costs, change("JumpReLU with L1"),
+          (1, everything), "05_ablations"),
+    judged("J15d", "JumpReLU", "The L0 penalty needs the jump: with a ReLU it is worse.",
+          "FVU at equal L0, ReLU / JumpReLU, both with a pseudo-gradient to z",
+          without_jump, (1, everything),
+           "05_ablations"),
+    *(judged(f"J15{letter}", "JumpReLU", f"The {name} is about as good as the rectangle (within 5 %).", costs, change(name),
+            about, "05_ablations")
       for letter, name in (("e", "triangular kernel"), ("f", "Gaussian kernel"), ("g", "Epanechnikov kernel"))),
-    *(claim(f"J14{letter}", "JumpReLU", f"An L0 target ({name}) is met within 10 %.", "L0 on held-out text / target",
-            mean_interval((rows.l0 / rows.target).groupby(rows.seed).mean()), (0.9, 1.1), "05_l0_targets")
+    *(judged(f"J14{letter}", "Gemma Scope 2" if name.startswith("quadratic") else "JumpReLU",
+             f"An L0 target ({name}) is met within 10 % (second-hand).", "largest factor between L0 and its target", miss(rows),
+             (1, 1.1), "05_l0_targets")
       for letter, (name, rows) in zip("abc", hit.groupby("loss", sort=False), strict=False)),
-    claim("GFa", "Gemma Scope", "A wide ε costs fidelity.", f"FVU at equal L0, {large}", against("ratio", wide, usual),
-          (1, everything), "05_bandwidth_sweep", missing=why),
-    claim("GFb", "Gemma Scope", "With a narrow ε thresholds fail to train (under half the way).", f"travel of log θ, {small}",
+    judged("GFa", "Gemma Scope", "A wide ε costs fidelity.", f"FVU at equal L0, {large}", against("ratio", wide, usual),
+          (1, everything), "05_bandwidth_sweep"),
+    judged("GFb", "Gemma Scope", "With a narrow ε thresholds fail to train (under half the way).", f"travel of log θ, {small}",
           against("threshold_travel", narrow, usual), (nothing, 0.5), "05_bandwidth_sweep"),
-    claim("GFc", "Gemma Scope", "With a narrow ε the SAE is less sparse.", f"L0 at the same λ, {small}",
+    judged("GFc", "Gemma Scope", "With a narrow ε, from a start below, the SAE is less sparse.", f"L0 at the same λ, {small}",
           against("l0", narrow, usual), (1, everything), "05_bandwidth_sweep"),
-    claim("A1", "ours", f"A falling ε beats a fixed one after {lengths[0] * batch_size:,} tokens.", unlike,
+    judged("A1", "ours", f"A falling ε beats a fixed one after {lengths[0] * batch_size:,} tokens.", unlike,
           of_method("ε falls", tokens=lengths[0] * batch_size), (nothing, 1), "05_annealing"),
-    claim("A2", "ours", f"A falling ε beats a fixed one after {lengths[-1] * batch_size:,} tokens.", unlike,
+    judged("A2", "ours", f"A falling ε beats a fixed one after {lengths[-1] * batch_size:,} tokens.", unlike,
           of_method("ε falls"), (nothing, 1), "05_annealing"),
-    claim("A3", "ours", "A bandwidth by latent beats one for all.", "FVU at equal L0, by latent / fixed",
+    judged("A3", "ours", "A bandwidth by latent beats one for all.", "FVU at equal L0, by latent / fixed",
           of_method("ε by latent"), (nothing, 1), "05_annealing"),
-    *(claim(f"A{4 + number}", "ours", f"A falling ε beats a fixed one at {s}.", unlike,
+    *(judged(f"A{4 + number}", "ours", f"A falling ε beats a fixed one at {s}.", unlike,
             of_method("ε falls", f"{s}, layer {n}", steps * batch_size), (nothing, 1), "05_annealing")
       for number, (s, n) in enumerate(method_places)),
 ]
@@ -302,8 +326,6 @@ ledger("05", claims)[["id", "claim", "value", "low", "high", "verdict"]]
 jr.facts("05", {
     "changes tried": len(ablations),
     "lengths, tokens": ", ".join(f"{length * batch_size:,}" for length in lengths),
-    "the paper's lr on so short a run costs fidelity": bool(ablated[ablated.architecture == "paper's lr 7e-5"].ratio.min() > 1
-                                                           or ablated[ablated.architecture == "paper's lr 7e-5"].fvu.min() > 0.5),
     "noise falls with ε at every share of the run": bool(
         errors.sort_values("bandwidth").groupby("share").noise.apply(lambda noise: noise.is_monotonic_decreasing).all()),
 })

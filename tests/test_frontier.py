@@ -18,10 +18,13 @@ def runs(architecture, l0, fvu, seed=0, **columns):
 
 
 def test_a_metric_at_an_l0():
-    one = runs("a", [100, 1], [0.1, 0.5])
-    assert frontier.at_l0(one, 10.0) == pytest.approx(0.3)  # half way in log L0
+    one = runs("a", [100, 1], [0.1, 0.4])
+    assert frontier.at_l0(one, 10.0) == pytest.approx(0.2)  # half way in log L0, and in the logarithm of FVU
+    assert frontier.at_l0(one, 10.0, log=False) == pytest.approx(0.25)
+    assert frontier.at_l0(runs("a", [1, 100], [0, 0.5]), 10.0, log=False) == pytest.approx(0.25)
+    assert math.isnan(frontier.at_l0(runs("a", [1, 100], [-0.1, 0.5]), 10.0))
     assert math.isnan(frontier.at_l0(one, 200.0)) and math.isnan(frontier.at_l0(one, 0.5))
-    assert frontier.at_l0(one, np.array([1.0, 100.0])).tolist() == pytest.approx([0.5, 0.1])
+    assert frontier.at_l0(one, np.array([1.0, 100.0])).tolist() == pytest.approx([0.4, 0.1])
 
 
 def test_a_constant_factor_is_found_on_the_common_range_only():
@@ -30,6 +33,9 @@ def test_a_constant_factor_is_found_on_the_common_range_only():
     assert frontier.matched_ratio(mine, other) == pytest.approx(0.5)  # what it does beyond L0 100 does not count
     assert frontier.matched_ratio(other, mine) == pytest.approx(2.0)
     assert frontier.matched_ratio(mine, mine) == 1.0
+    bent = runs("a", [1, 10, 100], [0.6, 0.6, 0.2])
+    assert frontier.matched_ratio(bent, other, worst=True) == pytest.approx(2, rel=0.1)  # near L0 = 10, where it is 2
+    assert 1 < frontier.matched_ratio(bent, other) < 1.5
 
 
 def test_the_mean_is_geometric_over_log_l0():

@@ -29,8 +29,8 @@ def test_a_list_gives_a_configuration_for_each_of_its_values():
 
 
 def test_runs_beside_a_frontier_of_their_own_seed():
-    reference = pd.DataFrame({"seed": [0, 0, 1, 1], "l0": [1.0, 100, 1, 100], "fvu": [0.4, 0.2, 0.8, 0.4]})
-    runs = pd.DataFrame({"seed": [0, 1, 1], "l0": [10.0, 10.0, 200.0], "fvu": [0.3, 0.3, 0.3]})
+    reference = pd.DataFrame({"seed": [0, 0, 1, 1], "l0": [1.0, 100, 1, 100], "fvu": [0.4, 0.1, 0.8, 0.2]})
+    runs = pd.DataFrame({"seed": [0, 1, 1], "l0": [10.0, 10.0, 200.0], "fvu": [0.2, 0.2, 0.3]})
     found = study.beside_frontier(runs, reference).ratio
     assert found[:2].tolist() == pytest.approx([1.0, 0.5]) and math.isnan(found[2])  # L0 200 was not reached
 

@@ -39,7 +39,7 @@ def test_workers_compute_what_train_and_evaluate_do(setting, cache):
     assert [(one.site, one.config) for one in found] == [(store.site, config) for store, config in [*runs, runs[0]]]
     assert len(list(cache.glob("train_and_score-*"))) == len(list(cache.glob("train-*"))) == len(runs)
     for (store, config), one in zip(runs, found, strict=False):
-        sae, log = jr.train(store, config)
+        sae, log = jr.train(store, config, log_rows=module.LOG_ROWS)
         assert torch.equal(one.sae().W_enc, sae.W_enc) and one.load().log.equals(log)
         alone = jr.evaluate(sae, lm, tokens)
         assert torch.equal(one.report.frequency, alone.frequency)

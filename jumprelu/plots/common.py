@@ -50,7 +50,7 @@ def points_and_mean(ax: plt.Axes, groups: pd.Series, values: pd.Series) -> None:
 
 
 ARCHITECTURES = {
-    "JumpReLU": "3f90da - o", "JumpReLU, fixed ε": "3f90da : X", "TopK": "ffa90e -- s", "TopK, approximate": "b9ac70 -. P",
+    "JumpReLU": "3f90da - o", "JumpReLU, ε falls": "3f90da : X", "TopK": "ffa90e -- s", "TopK, approximate": "b9ac70 -. P",
     "BatchTopK": "a96b59 -. D", "Gated": "bd1f01 -- ^", "Gated, original": "e76300 : v", "ReLU": "717581 : *",
 }  # fmt: skip
 
