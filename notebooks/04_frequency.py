@@ -39,14 +39,14 @@ dataset: str = "installed"  # text for training and evaluation
 site: str = "resid_post"  # resid_post, mlp_out or attn_out
 layer: int = 3
 context_size: int = 256
-train_rows: int = 700  # rows of context_size tokens that are harvested for training
+train_rows: int = 600  # rows of context_size tokens that are harvested for training
 test_rows: int = 16  # rows for evaluation, of documents that no training saw
 rows_per_document: int = 8  # of a document for training; for evaluation 1
 storage: str = "float32"  # type of the activations on disk: float32, bfloat16 or float16
 d_sae: int = 512
-steps: int = 300
+steps: int = 200
 batch_size: int = 256
-dead_after: int = 25000  # tokens of silence after which a latent counts as dead
+dead_after: int = 20000  # tokens of silence after which a latent counts as dead
 seeds: int = 3
 variants: dict = {  # name: what differs from the defaults of TrainConfig; lists: one value for each point of the curve
     "JumpReLU": {"threshold_init": [0.1, 0.07, 0.045, 0.03], "sparsity": [0.002, 0.001, 0.001, 0.001]},
@@ -62,7 +62,9 @@ variants: dict = {  # name: what differs from the defaults of TrainConfig; lists
 }  # fmt: skip
 lrs: list = [0.003, 0.006, 0.012]  # each variant is tried at all, and compared at its best
 tuning_points: list = [0, 3]  # at these points of its curve
-same_lr: dict = {"JumpReLU, ε falls": "JumpReLU", "TopK, approximate": "TopK"}  # these take over a rate
+same_lr: dict = {  # these take over a rate
+    "JumpReLU, ε falls": "JumpReLU", "TopK, approximate": "TopK", "BatchTopK": "TopK",
+}  # fmt: skip
 workers: int = 0  # processes that train, each with one thread; 0: one a core
 threads: int = 2
 compared: list = ["JumpReLU", "TopK", "BatchTopK", "Gated", "Gated, original", "ReLU"]  # in the figures against L0

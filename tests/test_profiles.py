@@ -9,6 +9,9 @@ import pytest
 from jumprelu.profiles import _fits, check_profile, find_notebooks, load_profile
 from jumprelu.reproduce import main
 
+ROOT = Path(__file__).resolve().parent.parent
+PROFILES = sorted(path.stem for path in (ROOT / "notebooks/profiles").glob("*.yaml"))
+
 TOY = """
 # %% tags=["parameters"]
 steps: int = 3  # points
@@ -101,3 +104,16 @@ def test_parameters_must_be_literals(described):
     (described / "notebooks/00_toy.py").write_text(TOY.replace("steps: int = 3", "steps: int = 3 + len('a')"))
     with pytest.raises(ValueError, match="00_toy.py: the cell tagged `parameters` has the line"):
         check_profile(described, "laptop")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_notebook_04_reuses_the_runs_of_notebook_03(profile):
+    """What both have as a parameter is the same in both, or 04 would train everything anew."""
+    changed = check_profile(ROOT, profile)
+    values = {}
+    for number in ("03", "04"):
+        (notebook,) = find_notebooks(ROOT, number)
+        values[number] = {name: parameter.default for name, parameter in notebook.parameters().items()} | changed[number]
+    shared = values["03"].keys() & values["04"].keys()
+    assert {"variants", "lrs", "tuning_points", "same_lr", "d_sae", "steps", "seeds", "test_rows"} <= shared
+    assert {name: values["03"][name] for name in shared} == {name: values["04"][name] for name in shared}
