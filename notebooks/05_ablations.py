@@ -83,7 +83,7 @@ methods: dict = {  # ways to choose ε; the first is what the others are compare
 }
 method_settings: list = [1, 3]  # of the reference
 rivals: dict = {"TopK": {"architecture": "topk", "k": [20, 64], "lr": 0.006}}
-lengths: list = [200, 600]  # steps of those runs
+lengths: list = [200, 400]  # steps of those runs
 place_methods: list = ["fixed ε", "ε falls", "TopK"]
 method_places: list = [["mlp_out", 3], ["attn_out", 3]]  # where the methods are compared too, at `steps` steps
 along: list = [0.15, 0.4, 0.7, 1.0]  # shares of a run at which its estimator is measured
