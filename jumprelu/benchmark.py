@@ -168,7 +168,7 @@ def warmed(pool: Pool, size: Size, architecture: str) -> dict[str, torch.Tensor]
 
 def our_trainer(pool: Pool, size: Size, architecture: str, dtype: str) -> Trainer:
     """Ours at about `size.l0`: warmed up, then timed with a learning rate so small that the state stays what it is."""
-    config = TrainConfig(architecture, size.d_sae, RUN_STEPS, size.batch, k=size.l0, bandwidth=size.bandwidth, lr=1e-9,
+    config = TrainConfig(architecture, size.d_sae, RUN_STEPS, batch_size=size.batch, k=size.l0, bandwidth=size.bandwidth, lr=1e-9,
                          encoder_dtype=dtype)  # fmt: skip
     state = pool.state(config)
     state.trainee.load_state_dict(warmed(pool, size, architecture))
