@@ -1,8 +1,8 @@
 """Many SAEs trained and scored, in a process for each core, every run remembered by itself.
 
 Notable here:
-- a training step of a small SAE gains little from a second thread, and two runs side by side gain nearly all of a second
-  core. So each worker computes with one thread, and a run's bits do not depend on how many workers there were.
+- a training step of a small SAE gains less from a second thread than two runs side by side do. So each worker computes
+  with one thread, and a run's bits do not depend on how many workers there were.
 - a run is kept under its own configuration: sweeps that share runs share them, and a sweep that was interrupted or is
   extended computes what is missing.
 - runs that see the same batches travel together: these are read once for them (:func:`jumprelu.train_many`), and the
@@ -38,7 +38,7 @@ TOGETHER = 8
 """At most so many runs are trained in one pass over the data: their weights and moments are in memory at once."""
 
 LOG_ROWS = 20
-"""Rows in the log of a run: a row costs about two steps, so a hundred would be much of so short a run."""
+"""Rows in the log of a run: a logged step also pays for its diagnostics, and short runs would log every other step."""
 
 Run = tuple[Activations, TrainConfig]
 
@@ -163,7 +163,7 @@ def _in_processes(tasks: Sequence[list[Job]], lm: LM, tokens: Tokens, workers: i
         return
     before = {name: os.environ.get(name) for name in ("TQDM_DISABLE", "OMP_NUM_THREADS")}
     # a server that has imported everything once, and whose copies are ready at once; a copy of this very process would not do,
-    # because torch refuses gradients in the copy of a process that has computed some
+    # because torch may refuse gradients in the copy of a process that has computed some
     served = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if served else "spawn")
     if served:
