@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from . import losses, sparse
-from .estimators import REACH, jump_relu, kernel, step
+from .estimators import REACH, heaviside, jump_relu, kernel, step
 from .losses import DENSE, Layout
 from .recipe import TrainConfig
 from .sae import SAE, Origin
@@ -152,7 +152,7 @@ class Trainee(torch.nn.Module):
                 acts = jump_relu(pre, threshold, _at_entries(layout, bandwidth), c.kernel, c.ste_to_z)
             case "gated":
                 magnitude = (pre - layout.at(self.b_enc)) * layout.at(self.r_mag.exp()) + layout.at(self.b_mag)
-                acts = (pre > 0) * magnitude.relu()
+                acts = heaviside(pre, 0) * magnitude.relu()
             case "topk" if layout is DENSE:
                 values, index = sparse.top(pre.relu(), c.k, c.topk_buckets)
                 acts = torch.zeros_like(pre).scatter(-1, index, values)

@@ -228,7 +228,7 @@ def screen(x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, low: torch
     else:
         rows, atoms, bar = x, W_enc.T, (low - b_enc).unsqueeze(-1)  # π > low  ⇔  x W_enc > low − b_enc
     tokens, products, ends, total = [], [], [torch.zeros(1, dtype=torch.int32)], 0
-    for first, chunk, over in _chunks(d_sae, batch, rows.dtype):  # [some latents, batch]
+    for first, chunk, over in _chunks(d_sae, batch, rows.dtype, d_sae // 64 * 8 if limit < 1 else 0):  # [some latents, batch]
         torch.mm(atoms[first : first + len(chunk)], rows.T, out=chunk)
         if dtype == torch.bfloat16:
             torch.gt(chunk.view(torch.int16), 0, out=over)
@@ -300,9 +300,10 @@ def _bf16(matrix: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
 _memory = threading.local()
 
 
-def _chunks(rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+def _chunks(rows: int, columns: int, dtype: torch.dtype, ahead: int = 0) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """A matrix of [rows, columns] by blocks of rows: (first row, room for the block, room for a mask of it).
 
+    ahead: rows of a smaller block that comes first, after which a caller may give up; 0: none.
     It is always the same memory. To ask for new memory can cost more than the matmul that fills it: the system clears
     every page at its first use.
     """
@@ -311,7 +312,10 @@ def _chunks(rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[int, 
     if getattr(_memory, "key", None) != key:
         _memory.chunk, _memory.mask = torch.empty(size, columns, dtype=dtype), torch.empty(size, columns, dtype=torch.bool)
         _memory.key = key
-    for first in range(0, rows, size):
+    ahead = min(ahead, size)
+    if ahead:
+        yield 0, _memory.chunk[:ahead], _memory.mask[:ahead]
+    for first in range(ahead, rows, size):
         yield first, _memory.chunk[: rows - first], _memory.mask[: rows - first]
 
 

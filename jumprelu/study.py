@@ -17,6 +17,7 @@ from .frontier import at_l0, log_interval, seed_ratios, tuned
 from .lm import LM
 from .metrics import Report, evaluate
 from .recipe import TrainConfig
+from .sae import SAE
 from .sweep import Scored, sweep
 from .train import TrainResult, train_many
 
@@ -48,8 +49,13 @@ def score_table(architecture: str, scores: Sequence[Report]) -> pd.DataFrame:
 
 def latent_table(run: TrainResult, score: Report, threshold_init: float) -> pd.DataFrame:
     """One row a latent: threshold in units of √E‖x‖², share of held-out tokens on which it fires, θ_init."""
-    threshold = (run.sae.threshold / run.sae.input_scale).detach().cpu()
-    return pd.DataFrame({"threshold": threshold.double(), "frequency": score.frequency.double(), "initial": threshold_init})
+    threshold = log_threshold(run.sae).exp()
+    return pd.DataFrame({"threshold": threshold, "frequency": score.frequency.double(), "initial": threshold_init})
+
+
+def log_threshold(sae: SAE) -> torch.Tensor:
+    """log θ of each latent, [d_sae], float64, in units of √E‖x‖², as training has it."""
+    return (sae.threshold / sae.input_scale).detach().cpu().double().log()
 
 
 def l0_histogram(scores: dict[str, Report], bins: int = 60) -> pd.DataFrame:

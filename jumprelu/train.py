@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from .activations import Activations
 from .architectures import Trainee
+from .estimators import heaviside
 from .files import digest, read_json, write_json, write_tensors, write_text
 from .optim import Adam
 from .recipe import TrainConfig, bandwidth_at, lr_factor, sparsity_at
@@ -123,7 +124,7 @@ def _advance(state: _State, x: torch.Tensor, log_this: bool) -> dict[str, float]
     diagnostics = trainee.diagnose(out, terms, bandwidth) if log_this and config.architecture == "jumprelu" else None
     sum(terms.values()).backward()
     with torch.no_grad():
-        active = (out.acts > 0).float()
+        active = heaviside(out.acts, 0)
         fired = out.layout.per_latent(active) > 0
         state.silent = (state.silent + len(x)) * ~fired
         trainee.update_density(out, bandwidth)

@@ -187,6 +187,13 @@ def test_plain_number_as_threshold_takes_no_gradient():
     assert torch.equal(z.grad, (z > 0.1).float())
 
 
+def test_heaviside_is_ones_and_zeros_of_the_type_of_z():
+    z = torch.tensor([[-1.0, 0.5, 2.0], [0.4, -0.0, 0.5]], requires_grad=True)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        out = real.heaviside(z.to(dtype), torch.tensor([0.0, 0.0, 0.5]))
+        assert torch.equal(out, torch.tensor([[0.0, 1, 1], [1, 0, 0]], dtype=dtype)) and not out.requires_grad
+
+
 @pytest.mark.parametrize("function", [real.jump_relu, real.step])
 @pytest.mark.parametrize("arguments, message", [
     ((torch.zeros(3), 0.0), "bandwidth must be above 0, got 0.0"),

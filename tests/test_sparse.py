@@ -251,11 +251,12 @@ def test_screen_stops_when_there_is_too_much():
 
 
 @pytest.mark.parametrize("chunk", [1, 64, 10_000])
-def test_chunks_do_not_matter(chunk, monkeypatch):
+@pytest.mark.parametrize("limit", [1.0, 0.99])  # below 1 a small block comes first
+def test_chunks_do_not_matter(chunk, limit, monkeypatch):
     x, W_enc = inputs(), trainee(TrainConfig(d_sae=D_SAE)).W_enc.detach()
     whole = screen(x, W_enc, torch.zeros(D_SAE), torch.full((D_SAE,), 0.2))
     monkeypatch.setattr(sparse, "CHUNK", chunk)
-    parts = screen(x, W_enc, torch.zeros(D_SAE), torch.full((D_SAE,), 0.2))
+    parts = screen(x, W_enc, torch.zeros(D_SAE), torch.full((D_SAE,), 0.2), limit=limit)
     assert torch.equal(whole.token, parts.token) and torch.equal(whole.start, parts.start) and len(whole) > 100
 
 

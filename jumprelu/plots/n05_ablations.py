@@ -47,23 +47,28 @@ def ablations(data: pd.DataFrame) -> Figure:
     axes[0].xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axes[0].xaxis.set_minor_locator(ticker.NullLocator())
     axes[1].set(xscale="log", xlabel="L0")
+    axes[1].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes[1].xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes[1].xaxis.set_minor_locator(ticker.NullLocator())
     axes[2].set(xlabel="share of dead latents", xlim=(-0.03, 1.03))
     return fig
 
 
 def bandwidth_sweep(data: pd.DataFrame) -> Figure:
-    """One row a run with a fixed ε: bandwidth, seed, l0, fvu, threshold_travel, ratio."""
+    """One row a run with a fixed ε: bandwidth, seed, l0, fvu, threshold_rise, threshold_travel, ratio."""
     fig, axes = plt.subplots(1, 3, figsize=(10, 3))
-    panels = {"l0": "L0", "threshold_travel": "mean |log θ − log θ_init|, nats", "ratio": "FVU over the recipe's at equal L0"}
-    for position, (ax, (column, label)) in enumerate(zip(axes, panels.items(), strict=True)):
+    lines = [(0, "l0", "-", "full", None), (1, "threshold_rise", "-", "full", "up"),
+             (1, "threshold_travel", ":", "none", "up or down"), (2, "ratio", "-", "full", None)]  # fmt: skip
+    for panel, column, line, filled, label in lines:
         points = _intervals_of(data.groupby("bandwidth"), column)
-        ax.errorbar([e for e, _ in points], [i.mean for _, i in points], yerr=[i.half for _, i in points],
-                    marker=MARKERS[position], color=f"C{position}", linestyle="-", capsize=3)  # fmt: skip
+        axes[panel].errorbar([e for e, _ in points], [i.mean for _, i in points], yerr=[i.half for _, i in points], capsize=3,
+                             marker=MARKERS[panel], color=f"C{panel}", linestyle=line, fillstyle=filled, label=label)  # fmt: skip
+    for ax, label in zip(axes, ("L0", "mean change of log θ, nats", "FVU over the recipe's at equal L0"), strict=True):
         ticks_at(ax, data.bandwidth)
         ax.set(xlabel="fixed bandwidth ε", ylabel=label)
     axes[0].set_ylim(0, None)
-    axes[1].set_ylim(0, None)
+    axes[1].axhline(0, color="#717581", linewidth=0.8)
+    axes[1].legend()
     axes[2].axhline(1, color="#717581", linewidth=0.8)
     return fig
 
@@ -109,7 +114,8 @@ def annealing(data: pd.DataFrame) -> Figure:
                             linestyle=("-", "--", "-.", ":")[number % 4], capsize=3, label=name)  # fmt: skip
             ax.axhline(1, color="#717581", linewidth=0.8)
             ax.set_xscale("log")
-            ax.set_xticks(sorted(rows.tokens.unique()), [ticker.EngFormatter(sep="")(t) for t in sorted(rows.tokens.unique())])
+            ax.set_xticks(sorted(rows.tokens.unique()), [ticker.EngFormatter(places=1, sep="")(t).replace(".0", "")
+                                                         for t in sorted(rows.tokens.unique())])  # fmt: skip
             ax.xaxis.set_minor_locator(ticker.NullLocator())
             if rows.tokens.nunique() == 1:
                 ax.set_xlim(rows.tokens.min() / 1.5, rows.tokens.max() * 1.5)
