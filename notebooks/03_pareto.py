@@ -69,6 +69,7 @@ place_d_sae: int = 256
 place_steps: int = 120
 place_seeds: int = 1
 widths: list = [128, 256, 512, 1024]  # for the scaling of FVU with d_sae, at `steps` steps
+widest: list = [4096]  # further widths, for TopK alone, whose steps cost least
 lengths: list = [50, 100, 200]  # for its scaling with the number of steps, at `d_sae`
 scaling_k: int = 32  # L0 of the scaling runs
 scaling_seeds: int = 2
@@ -171,8 +172,9 @@ jr.save_figure(plots.place_ratios(ratios), "03_place_ratios", ratios)
 # **What is known.** Wider SAEs and longer runs are better at equal L0; Gemma Scope's largest have a million latents and 16
 # billion tokens.
 #
-# **What is computed.** FVU and delta LM loss at one L0 over width and over the number of steps: TopK with that k, and JumpReLU
-# trained with the L0-target loss for less and for more, interpolated between. Power laws are fitted without the largest point
+# **What is computed.** FVU and delta LM loss at one L0 over width and over the number of steps: TopK with that k (to greater
+# widths, because its steps cost less here), and JumpReLU trained with the L0-target loss for less and for more, interpolated
+# between. Power laws are fitted without the largest point
 # (dashed), which they must then predict: where measured over predicted is above 1 beyond its interval, the curve flattens, and
 # the fit promises too much for larger scales. Where two runs do not enclose the L0, which happens when too few steps move θ
 # too little, the point is missing.
@@ -183,7 +185,11 @@ at_one_l0 = {
     "TopK": [dataclasses.replace(best["TopK"][0], k=scaling_k)],
     "JumpReLU": [dataclasses.replace(aimed, l0_target=share * scaling_k) for share in (0.5, 1.6)],
 }
-grown = study.scaling_table(acts, lm, test_tokens, at_one_l0, scaling_k, widths, lengths, range(scaling_seeds), workers or None)
+grown = pd.concat([
+    study.scaling_table(acts, lm, test_tokens, {name: at_one_l0[name]}, scaling_k, reached, lengths, range(scaling_seeds),
+                        workers or None)
+    for name, reached in (("TopK", [*widths, *widest]), ("JumpReLU", widths))
+], ignore_index=True)  # fmt: skip
 jr.save_figure(plots.scaling(grown), "03_scaling", grown)
 
 # %%

@@ -18,6 +18,9 @@ use_style()
 BOUNDS = (0.01, 0.1)
 """Frequencies above which papers count latents: 1 % and 10 % of tokens."""
 
+FULL = 1.05
+"""Upper end of an axis of shares; an interval over three seeds may reach beyond."""
+
 
 def _curves(data: pd.DataFrame) -> list[tuple[pd.DataFrame, dict[str, str]]]:
     """Rows of each architecture and the look of its curve: that of all figures, or for other names the style sheet's next."""
@@ -84,7 +87,7 @@ def frequent_latents(data: pd.DataFrame) -> Figure:
     fig, axes = plt.subplots(1, len(bounds), figsize=(4.2 * len(bounds), 3.2), squeeze=False)
     for ax, bound in zip(axes[0], bounds, strict=True):
         _over_l0(ax, data[data.bound == bound], "share")
-        ax.set(title=f"fire on over {bound:.0%} of tokens", ylim=(0, None))
+        ax.set(title=f"fire on over {bound:.0%} of tokens", ylim=(0, min(ax.get_ylim()[1], FULL)))
     axes[0, 0].set_ylabel("share of latents")
     axes[0, 0].legend()
     return fig
@@ -100,7 +103,7 @@ def dead_latents(data: pd.DataFrame) -> Figure:
     for ax, way in zip(axes[0], ways, strict=True):
         _over_l0(ax, data[data.counted == way], "share")
         ax.set_title(way)
-        ax.set_ylim(0, max(ax.get_ylim()[1], 0.01))  # nothing dead is a line at 0, and not an axis of rounding errors
+        ax.set_ylim(0, np.clip(ax.get_ylim()[1], 0.01, FULL))  # nothing dead is a line at 0, and not an axis of rounding errors
     axes[0, 0].set_ylabel("share of latents")
     axes[0, -1].legend()
     return fig
@@ -115,7 +118,7 @@ def remedies(data: pd.DataFrame) -> Figure:
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     for ax, column in zip(axes, ("dense_10", "ratio"), strict=True):
         _over_l0(ax, data, column)
-    axes[0].set(ylabel="share of latents", title=f"fire on over {BOUNDS[1]:.0%} of tokens", ylim=(0, None))
+    axes[0].set(ylabel="share of latents", title=f"fire on over {BOUNDS[1]:.0%} of tokens", ylim=(0, min(axes[0].get_ylim()[1], FULL)))
     axes[1].set(ylabel="FVU over that of the plain loss", title="price at equal L0")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return fig

@@ -1,0 +1,259 @@
+"""Least squares from sums against least squares on everything, and decompositions against what they must be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jumprelu.activations import activations_from_tensor
+from jumprelu.darkmatter import NORMS, RIDGES, Moments, bootstrap, decompose, linear_error, nonlinear_error, split, stream
+from jumprelu.intervals import ratio_estimate
+from jumprelu.sae import SAE
+
+D_IN, DOCUMENTS, OF_EACH = 6, 40, 50
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def regressors(n=600, p=5, seed=0):
+    """Activations in small: far from zero, of different scales, correlated."""
+    g = generator(seed)
+    mixed = torch.randn(n, p, generator=g, dtype=torch.float64) @ torch.randn(p, p, generator=g, dtype=torch.float64)
+    return mixed * torch.logspace(-1, 1, p, dtype=torch.float64) + torch.linspace(-50, 300, p, dtype=torch.float64)
+
+
+def targets(x, m=4, seed=1):
+    g = generator(seed)
+    return x @ torch.randn(x.shape[1], m, generator=g, dtype=torch.float64) + torch.randn(len(x), m, generator=g) + 7
+
+
+def moments(x, y, folds=3, shift=None):
+    """Given in uneven pieces, rows of the folds mixed."""
+    found = Moments(x[:5].mean(0) if shift is None else shift, y.shape[1], folds)
+    fold = torch.arange(len(x)) % folds
+    for some in torch.arange(len(x)).split(97):
+        found.add(x[some], y[some], fold[some])
+    return found, fold
+
+
+def direct(x, y, bias=True):
+    """Least squares on all rows at once, by a QR decomposition."""
+    ones = torch.ones(len(x), 1, dtype=torch.float64)
+    solution = torch.linalg.lstsq(torch.cat([x, ones], 1) if bias else x, y, driver="gelsd").solution
+    return (solution[:-1], solution[-1]) if bias else (solution, torch.zeros(y.shape[1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_sums_give_the_least_squares_of_all_rows(bias):
+    x = regressors()
+    y = targets(x)
+    weight, offset = direct(x, y, bias)
+    fit = moments(x, y)[0].fit(bias=bias)
+    assert torch.allclose(fit.weight, weight, rtol=1e-8, atol=0)
+    assert torch.allclose(fit.bias, offset, rtol=1e-8, atol=1e-9)
+    assert torch.allclose(fit(x.float()), x.float().double() @ weight + offset, rtol=1e-8)
+
+
+def test_squared_errors_come_from_sums_alone():
+    x = regressors()
+    y = targets(x)
+    sums, fold = moments(x, y)
+    fit = sums.fit(0.01)
+    for number in range(3):
+        expected = (y - fit(x))[fold == number].square().sum(0)
+        assert torch.allclose(sums.squared_error(fit, number), expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_ridge_is_the_closed_form(bias):
+    x = regressors()
+    y = targets(x)
+    ridge = torch.tensor([0.0, 1e-3, 0.1, 2.0])
+    fit = moments(x, y)[0].fit(ridge, bias)
+    about, height = (x - x.mean(0), y - y.mean(0)) if bias else (x, y)
+    gram = about.T @ about / len(x)
+    for column, share in enumerate(ridge.tolist()):
+        penalised = gram + share * gram.trace() / len(gram) * torch.eye(len(gram), dtype=torch.float64)
+        expected = torch.linalg.solve(penalised, about.T @ height[:, column] / len(x))
+        assert torch.allclose(fit.weight[:, column], expected, rtol=1e-6)
+    assert torch.allclose(fit(x).mean(0), y.mean(0), rtol=1e-9) == bias
+
+
+def test_best_ridge_is_that_of_cross_validation_by_hand():
+    x = regressors(60, 20)
+    y = torch.cat([x[:, :2] @ torch.ones(2, 2, dtype=torch.float64), torch.randn(60, 3, generator=generator(4)).double()], 1)
+    sums, fold = moments(x, y, folds=4)
+    group = torch.tensor([0, 0, 1, 1, 2])
+    expected = []
+    for columns in ([0, 1], [2, 3], [4]):
+        errors = []
+        for ridge in RIDGES:
+            error = 0.0
+            for left_out in range(4):
+                rest = fold != left_out
+                fit = moments(x[rest], y[rest], folds=1, shift=sums.shift)[0].fit(ridge)
+                error += (y - fit(x))[~rest][:, columns].square().sum().item()
+            errors.append(error)
+        expected += [RIDGES[errors.index(min(errors))]] * len(columns)
+    assert sums.best_ridge(group).tolist() == expected
+    assert expected[0] == 0.0 and expected[2] > 0  # an exact law needs none; noise wants to be shrunk
+
+
+def test_other_targets_of_the_same_rows():
+    x = regressors()
+    y = targets(x, seed=3)
+    once, fold = moments(x, targets(x))
+    again = once.again(y.shape[1])
+    again.add(x, y, fold)
+    fresh = moments(x, y)[0]
+    assert torch.allclose(again.fit(0.01).weight, fresh.fit(0.01).weight, rtol=1e-9)
+    assert torch.equal(once.n, fresh.n)  # rows were not counted twice
+
+
+def test_a_direction_in_which_x_does_not_vary_gets_no_weight():
+    x = regressors()
+    x = torch.cat([x, x[:, :1] * 2, torch.full((len(x), 1), 3.0)], 1)
+    y = targets(x)
+    fit = moments(x, y)[0].fit()
+    weight, offset = direct(x, y)
+    assert torch.allclose(fit(x), x @ weight + offset, rtol=1e-6)
+    assert fit.weight[-1].abs().max() < 1e-6
+
+
+def test_nothing_to_fit_is_an_error():
+    empty = Moments(torch.zeros(3), 2, 2)
+    with pytest.raises(ValueError, match="no rows to fit"):
+        empty.fit()
+    empty.add(torch.randn(9, 3), torch.randn(9, 2))
+    with pytest.raises(ValueError, match="rows in at least two folds, got 1"):
+        empty.best_ridge(torch.zeros(2, dtype=torch.long))
+
+
+# ---- documents and decompositions -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def acts(tmp_path_factory):
+    g = generator(8)
+    x = torch.randn(DOCUMENTS * OF_EACH, D_IN, generator=g) @ torch.randn(D_IN, D_IN, generator=g)
+    document = torch.arange(DOCUMENTS).repeat_interleave(OF_EACH) * 3 + 11
+    x += torch.randn(DOCUMENTS, D_IN, generator=g).repeat_interleave(OF_EACH, 0) + 2  # documents differ
+    return activations_from_tensor(x, tmp_path_factory.mktemp("acts") / "store", document, shard_rows=333)
+
+
+@pytest.fixture(scope="module")
+def sae():
+    g = generator(2)
+    atoms = torch.randn(16, D_IN, generator=g)
+    atoms /= atoms.norm(dim=-1, keepdim=True)
+    return SAE(atoms.T * 0.7, torch.zeros(16), atoms, torch.full((D_IN,), 0.3), torch.full((16,), 0.4))
+
+
+def whole(acts):
+    shards = list(acts.shards())
+    return torch.cat([shard.activations for shard in shards]), torch.cat([shard.document for shard in shards])
+
+
+def test_documents_are_split_whole(acts):
+    parts = split(acts, test_share=0.25, folds=3)
+    assert (parts.fold < 0).sum() == 10 and torch.bincount(parts.fold[parts.fold >= 0]).tolist() == [10, 10, 10]
+    x, document = whole(acts)
+    streams = {which: list(stream(acts, parts, which)) for which in ("fit", "test", "all")}
+    seen = {which: torch.cat([parts.documents[rows.document] for rows in blocks]) for which, blocks in streams.items()}
+    assert not set(seen["fit"].tolist()) & set(seen["test"].tolist())
+    assert torch.equal(torch.cat([rows.x for rows in streams["all"]]), x) and torch.equal(seen["all"], document.long())
+    assert len(seen["fit"]) + len(seen["test"]) == len(x)
+    assert torch.equal(split(acts, 0.25, 3).fold, parts.fold)
+    assert not torch.equal(split(acts, 0.25, 3, seed=1).fold, parts.fold)
+
+
+@pytest.mark.parametrize("share, folds", [(0.01, 2), (0.9, 5)])
+def test_too_few_documents(acts, share, folds):
+    with pytest.raises(ValueError, match="40 documents, .* are too few"):
+        split(acts, share, folds)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_decomposition_against_errors_in_memory(acts, sae, bias):
+    parts = split(acts, folds=2)
+    found, tokens = decompose(acts, {"other": torch.zeros_like, "sae": sae}, parts, bias, ridges=(0.0,))
+    x, document = whole(acts)
+    fold = parts.fold[torch.searchsorted(parts.documents, document.long())]
+    fitting, testing = fold >= 0, fold < 0
+    x_hat = sae(x).detach().double()
+    x = x.double()
+    error = x - x_hat
+    weight, offset = direct(x[fitting], error[fitting], bias)
+    assert torch.allclose(found["sae"].linear.weight, weight, rtol=1e-8, atol=1e-10)
+    assert torch.allclose(found["sae"].linear.bias, offset, rtol=1e-8, atol=1e-10)
+    linear = x @ weight + offset
+    nonlinear = error - linear
+    assert torch.allclose(tokens.error[:, 1].double(), error.norm(dim=-1), rtol=1e-6)
+    assert torch.allclose(tokens.nonlinear[:, 1].double(), nonlinear.norm(dim=-1), rtol=1e-5)
+    assert torch.equal(tokens.fold, fold)
+
+    test, once = found["sae"].test, torch.ones(1, (parts.fold < 0).sum(), dtype=torch.float64)
+    left = nonlinear[testing].square()
+    total = (error[testing] - error[testing].mean(0)).square()
+    variance = (x[testing] - x[testing].mean(0)).square().sum()
+    assert test.fvu(once).item() == pytest.approx((error[testing].square().sum() / variance).item(), rel=1e-9)
+    assert test.fvu_nonlinear(once).item() == pytest.approx((left.sum() / variance).item(), rel=1e-7)
+    assert test.vector_r2(once).item() == pytest.approx(1 - (left.sum() / total.sum()).item(), rel=1e-7)
+    assert test.vector_r2(once, pooled=False).item() == pytest.approx(1 - (left.sum(0) / total.sum(0)).mean().item(), rel=1e-7)
+    for name, vector in zip(NORMS, (x, x_hat, error, linear, nonlinear), strict=True):
+        square = vector.square().sum(-1, keepdim=True)
+        weight, offset = direct(x[fitting], square[fitting], bias)
+        missed = (square - x @ weight - offset)[testing].square().sum()
+        expected = 1 - missed / (square[testing] - square[testing].mean()).square().sum()
+        assert test.norm_r2(once, name).item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-9), name
+
+
+def test_nonlinear_error_is_what_is_not_linear_in_the_sae_itself(acts, sae):
+    """x is among the regressors: the residuals of x − Sae(x) and of −Sae(x) are the same."""
+    found, _ = decompose(acts, {"sae": sae}, split(acts), ridges=(0.0,))
+    x, document = whole(acts)
+    parts = split(acts)
+    fitting = parts.fold[torch.searchsorted(parts.documents, document.long())] >= 0
+    weight, offset = direct(x[fitting].double(), sae(x[fitting]).detach().double())
+    expected = -(sae(x).detach().double() - x.double() @ weight - offset)
+    left = nonlinear_error(x.double(), lambda v: sae(v.float()).double(), found["sae"].linear)
+    assert torch.allclose(left, expected, atol=1e-9) and left.norm() > 1
+
+
+def test_what_is_linear_has_no_nonlinear_error(acts):
+    saes = {"dead": lambda x: torch.full_like(x, 0.7), "shrunk": lambda x: 0.6 * x + 0.1}
+    found, _ = decompose(acts, saes, split(acts))
+    once = torch.ones(1, len(found["dead"].test.tokens), dtype=torch.float64)
+    for name in saes:
+        test = found[name].test
+        assert test.fvu(once) > 0.1 and test.fvu_nonlinear(once).abs() < 1e-12 and test.vector_r2(once) > 1 - 1e-12, name
+
+
+def test_what_has_nothing_to_do_with_x_is_not_predicted(acts):
+    def noise(x):
+        return x - torch.sin(1e4 * x)  # depends on x, and not to be seen as a linear function of it
+
+    found, _ = decompose(acts, {"noise": noise}, split(acts))
+    test = found["noise"].test
+    once = torch.ones(1, len(test.tokens), dtype=torch.float64)
+    assert abs(test.vector_r2(once).item()) < 0.05 and abs(test.norm_r2(once).item()) < 0.05
+    assert test.norm_r2(once, "x") > 0.2
+
+
+def test_parts_add_up(acts, sae):
+    found, _ = decompose(acts, {"sae": sae}, split(acts))
+    x, linear = whole(acts)[0], found["sae"].linear
+    assert torch.allclose(sae(x) + linear_error(x, linear) + nonlinear_error(x, sae, linear), x, atol=1e-5)
+    assert linear_error(x, linear).dtype == x.dtype
+
+
+def test_bootstrap_draws_documents():
+    g = generator(5)
+    numerator, denominator = torch.rand(200, generator=g).double() + 0.5, torch.rand(200, generator=g).double() + 1
+    found = bootstrap(lambda w: (w @ numerator) / (w @ denominator), 200, draws=4000)
+    known = ratio_estimate(numerator, denominator)
+    assert found.mean == pytest.approx(known.value) and found.low < known.value < found.high
+    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(known.se, rel=0.06)
+    assert bootstrap(lambda w: w.sum(-1), 7, draws=50) == (7, 7, 7)  # as many as there are
