@@ -17,14 +17,17 @@ Notable here:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from .activations import Activations
-from .intervals import Interval
+from .intervals import Interval, mean_interval
+from .scaling import PowerLaw, fit_power_law
 
 RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Ridges that cross-validation chooses from, as shares of the mean eigenvalue of the second moments of x."""
@@ -172,11 +175,12 @@ def split(acts: Activations, test_share: float = 0.4, folds: int = 4, seed: int 
 
 
 class Rows(NamedTuple):
-    """Some rows of a store. x: float32 [n, d_in]; document: its place in `Split.documents`, [n]; fold: [n]."""
+    """Some rows of a store. x: float32 [n, d_in]; document: its place in `Split.documents`, [n]; fold, ids: [n]."""
 
     x: torch.Tensor
     document: torch.Tensor
     fold: torch.Tensor
+    ids: torch.Tensor
 
 
 def stream(acts: Activations, parts: Split, which: str = "all") -> Iterator[Rows]:
@@ -186,13 +190,13 @@ def stream(acts: Activations, parts: Split, which: str = "all") -> Iterator[Rows
         fold = parts.fold[document]
         wanted = {"fit": fold >= 0, "test": fold < 0, "all": torch.ones_like(fold, dtype=torch.bool)}[which].nonzero().squeeze(-1)
         for some in wanted.split(ROWS):
-            yield Rows(shard.activations[some], document[some], fold[some])
+            yield Rows(shard.activations[some], document[some], fold[some], shard.ids[some])
 
 
 # ---- the decomposition ------------------------------------------------------------------------------------------
 
 
-class Tested(NamedTuple):
+class HeldOut(NamedTuple):
     """Sums over each document for testing, D of them, in float64, from which all that is reported follows.
 
     Statistics take `weights`, [draws, D]: how often each document was drawn. They return [draws].
@@ -251,16 +255,18 @@ class Decomposition(NamedTuple):
     """Squared norms of :data:`NORMS` from x: [d_in, 5] and [5]."""
     ridge: float
     """Of `linear`."""
-    test: Tested
+    test: HeldOut
 
 
 class TokenNorms(NamedTuple):
-    """Norms token by token, in the order of the store. error, nonlinear: float32 [n, SAEs]; document, fold: [n]."""
+    """Norms token by token, in the order of the store. error, nonlinear: float32 [n, SAEs]; x: float32 [n]; the others [n]."""
 
     error: torch.Tensor
     nonlinear: torch.Tensor
+    x: torch.Tensor
     document: torch.Tensor
     fold: torch.Tensor
+    ids: torch.Tensor
 
 
 def linear_error(x: torch.Tensor, linear: Linear) -> torch.Tensor:
@@ -312,7 +318,7 @@ def decompose(acts: Activations, saes: Mapping[str, Reconstruct], parts: Split, 
     d_in, many = acts.d_in, len(saes)
     shift = acts.rows(256).double().mean(0)
     moments = Moments(shift, many * (d_in + 3), parts.folds)  # targets of each: its error, and the norms that need no map
-    for x, _, fold in tqdm(stream(acts, parts, "fit"), desc="fitting errors", unit="block", leave=False):
+    for x, _, fold, _ in tqdm(stream(acts, parts, "fit"), desc="fitting errors", unit="block", leave=False):
         each = (_Vectors.of(x, sae) for sae in saes.values())
         moments.add(x, torch.cat([part for vectors in each for part in (vectors.error, vectors.squares())], -1), fold)
     # the vector of an SAE is one group, that is, has one ridge, and each of its norms another
@@ -323,7 +329,7 @@ def decompose(acts: Activations, saes: Mapping[str, Reconstruct], parts: Split, 
     linear = {name: Linear(weight[:, n, :d_in].contiguous(), offset[n, :d_in]) for n, name in enumerate(saes)}
 
     moments = moments.again(2 * many)
-    for x, _, fold in tqdm(stream(acts, parts, "fit"), desc="fitting norms", unit="block", leave=False):
+    for x, _, fold, _ in tqdm(stream(acts, parts, "fit"), desc="fitting norms", unit="block", leave=False):
         moments.add(x, torch.cat([_Vectors.of(x, sae, linear[name]).squares()[:, 3:] for name, sae in saes.items()], -1), fold)
     more = moments.fit(chosen(moments, torch.arange(2 * many)), bias)
     norm = {name: Linear(torch.cat([weight[:, n, d_in:], more.weight[:, 2 * n : 2 * n + 2]], -1),
@@ -331,7 +337,7 @@ def decompose(acts: Activations, saes: Mapping[str, Reconstruct], parts: Split, 
 
     tests = {name: _Testing(parts, d_in) for name in saes}
     tokens: dict[str, list[torch.Tensor]] = {name: [] for name in TokenNorms._fields}
-    for x, document, fold in tqdm(stream(acts, parts), desc="testing", unit="block", leave=False):
+    for x, document, fold, ids in tqdm(stream(acts, parts), desc="testing", unit="block", leave=False):
         norms = []
         for name, sae in saes.items():
             vectors = _Vectors.of(x, sae, linear[name])
@@ -339,7 +345,7 @@ def decompose(acts: Activations, saes: Mapping[str, Reconstruct], parts: Split, 
             tests[name].add(vectors, squares, norm[name](x), document, fold)
             norms.append(squares[:, [2, 4]].sqrt().float())
         error, nonlinear = torch.stack(norms, -1).unbind(1)
-        for name, values in zip(TokenNorms._fields, (error, nonlinear, document, fold), strict=True):
+        for name, values in zip(TokenNorms._fields, (error, nonlinear, x.norm(dim=-1), document, fold, ids), strict=True):
             tokens[name].append(values)
     found = {name: Decomposition(linear[name], norm[name], ridge[n * (d_in + 3)].item(), tests[name].sums())
              for n, name in enumerate(saes)}  # fmt: skip
@@ -347,7 +353,7 @@ def decompose(acts: Activations, saes: Mapping[str, Reconstruct], parts: Split, 
 
 
 class _Testing:
-    """What :class:`Tested` has, summed block by block over documents for testing."""
+    """What :class:`HeldOut` has, summed block by block over documents for testing."""
 
     def __init__(self, parts: Split, d_in: int):
         self.tested = (parts.fold < 0).nonzero().squeeze(-1)
@@ -365,16 +371,16 @@ class _Testing:
         for kept, value in zip(self.kept, values, strict=True):
             kept.index_add_(0, document[mine], value)
 
-    def sums(self) -> Tested:
-        return Tested(*(kept[self.tested] for kept in self.kept))
+    def sums(self) -> HeldOut:
+        return HeldOut(*(kept[self.tested] for kept in self.kept))
 
 
 def bootstrap(statistic: Callable[[torch.Tensor], torch.Tensor], documents: int, draws: int = 1000, level: float = 0.95,
               seed: int = 0) -> Interval:
     """A statistic with its percentile interval over documents drawn with replacement.
 
-    statistic: weights [draws, documents], how often each was drawn → [draws], such as :meth:`Tested.fvu`. The same seed draws the
-    same documents, so that differences between SAEs may be bootstrapped as one statistic.
+    statistic: weights [draws, documents], how often each was drawn → [draws], such as :meth:`HeldOut.fvu`. The same seed draws
+    the same documents, so that differences between SAEs may be bootstrapped as one statistic.
     """
     drawn = torch.multinomial(torch.ones(documents), documents * draws, replacement=True,
                               generator=torch.Generator().manual_seed(seed)).view(draws, documents)  # fmt: skip
@@ -382,3 +388,94 @@ def bootstrap(statistic: Callable[[torch.Tensor], torch.Tensor], documents: int,
     weights = torch.zeros_like(ones).scatter_add_(1, drawn, ones)
     ends = torch.quantile(statistic(weights), torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
     return Interval(statistic(torch.ones(1, documents, dtype=torch.float64)).item(), *ends.tolist())
+
+
+def over_seeds(tests: Sequence[HeldOut], statistic: Callable[[HeldOut, torch.Tensor], torch.Tensor],
+               draws: int = 1000) -> Interval:
+    """Mean of a statistic over SAEs that differ in their seed, with an interval (95 %) for other documents and other seeds.
+
+    statistic: (HeldOut, weights) → [draws]. The interval's half is the root of the sum of the squares of two: of the bootstrap of
+    the mean over documents, which all seeds share, and of the t-interval over seeds. One seed: documents only.
+    """
+
+    def mean(weights: torch.Tensor) -> torch.Tensor:
+        return torch.stack([statistic(test, weights) for test in tests]).mean(0)
+
+    drawn = bootstrap(mean, len(tests[0].tokens), draws)
+    seeds = mean_interval([statistic(test, torch.ones(1, len(test.tokens), dtype=torch.float64)).item() for test in tests])
+    other = seeds.half if len(tests) > 1 else 0.0
+    return Interval(drawn.mean, drawn.mean - math.hypot(drawn.mean - drawn.low, other),
+                    drawn.mean + math.hypot(drawn.high - drawn.mean, other))  # fmt: skip
+
+
+# ---- across widths ----------------------------------------------------------------------------------------------
+
+
+class Breakdown(NamedTuple):
+    """FVU by width and where it comes from; each [widths], and the law that was fitted to it."""
+
+    fvu: np.ndarray
+    absent: np.ndarray
+    """FVU above the law's offset: features that a wider SAE would learn."""
+    linear: np.ndarray
+    """The offset minus `nonlinear`: what stays at any width, and is linear in x."""
+    nonlinear: np.ndarray
+    """FVU of the nonlinear error, the mean over widths."""
+    law: PowerLaw
+
+
+def breakdown(widths: Sequence[int], fvu: Sequence[float], fvu_nonlinear: Sequence[float]) -> Breakdown:
+    """Split FVU into features not yet learned, linear and nonlinear error (Engels et al. 2024).
+
+    FVU(W) is fitted by scale · W^(−exponent) + offset. Raises ValueError as :func:`jumprelu.scaling.fit_power_law` does: three
+    widths at least.
+    """
+    law = fit_power_law(widths, fvu, offset=True)
+    values, level = np.asarray(fvu, dtype=float), float(np.mean(fvu_nonlinear))
+    ones = np.ones_like(values)
+    return Breakdown(values, values - law.offset, (law.offset - level) * ones, level * ones, law)
+
+
+def scalar_r2(y: torch.Tensor, features: torch.Tensor, tokens: TokenNorms, given: torch.Tensor | None = None,
+              draws: int = 1000) -> Interval:
+    """R² of a number by token, y: [n], as predicted from `features`, [n, q], by least squares with a bias.
+
+    given: [n, r], features that are known anyway: the result is then the share of what these leave unexplained that `features`
+    explain. Fitted and tested on the documents that `tokens` were; tokens with a NaN count in neither.
+    """
+    ones = torch.ones(len(y), 1, dtype=torch.float64)
+    before = ones if given is None else torch.cat([ones, given.double()], -1)
+    after = torch.cat([before, features.double()], -1)
+    known = y.isfinite() & after.isfinite().all(-1)
+    fitting, testing = known & (tokens.fold >= 0), known & (tokens.fold < 0)
+    documents, document = tokens.document[testing].unique(return_inverse=True)
+    sums = []
+    for regressors in (before, after):
+        solution = torch.linalg.lstsq(regressors[fitting], y[fitting, None].double(), driver="gelsd").solution
+        missed = y[testing].double() - (regressors[testing] @ solution).squeeze(-1)
+        by_document = torch.zeros(3, len(documents), dtype=torch.float64)
+        sums.append(by_document.index_add_(1, document, torch.stack([torch.ones_like(missed), missed, missed.square()])))
+
+    def r2(weights: torch.Tensor) -> torch.Tensor:
+        (n, total, square), (_, _, left) = ((weights @ part.T).unbind(-1) for part in sums)
+        return 1 - left / (square if given is not None else square - total.square() / n)
+
+    return bootstrap(r2, len(documents), draws)
+
+
+# ---- controls ---------------------------------------------------------------------------------------------------
+
+
+def linear_controls(acts: Activations, parts: Split, components: Sequence[int]) -> dict[str, Linear]:
+    """Reconstructions that are linear, from the documents for fitting: the mean (a dead SAE), half of x about the mean
+    (shrinkage alone), and the first principal components, as many as each of `components` says."""
+    moments = Moments(acts.rows(256).double().mean(0), 0)
+    for rows in stream(acts, parts, "fit"):
+        moments.add(rows.x, rows.x[:, :0])
+    offset = moments.x[0] / moments.n[0]
+    mean = moments.shift + offset
+    vectors = torch.linalg.eigh(moments.xx[0] / moments.n[0] - torch.outer(offset, offset)).eigenvectors
+    eye = torch.eye(len(mean), dtype=torch.float64)
+    maps = {"mean only": 0 * eye, "shrunk by half": 0.5 * eye}
+    maps |= {f"{k} principal components": vectors[:, -k:] @ vectors[:, -k:].T for k in components}
+    return {name: Linear(weight, mean - mean @ weight) for name, weight in maps.items()}

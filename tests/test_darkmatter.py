@@ -6,8 +6,24 @@ import pytest
 import torch
 
 from jumprelu.activations import activations_from_tensor
-from jumprelu.darkmatter import NORMS, RIDGES, Moments, bootstrap, decompose, linear_error, nonlinear_error, split, stream
-from jumprelu.intervals import ratio_estimate
+from jumprelu.darkmatter import (
+    NORMS,
+    RIDGES,
+    HeldOut,
+    Moments,
+    TokenNorms,
+    bootstrap,
+    breakdown,
+    decompose,
+    linear_controls,
+    linear_error,
+    nonlinear_error,
+    over_seeds,
+    scalar_r2,
+    split,
+    stream,
+)
+from jumprelu.intervals import mean_interval, ratio_estimate
 from jumprelu.sae import SAE
 
 D_IN, DOCUMENTS, OF_EACH = 6, 40, 50
@@ -257,3 +273,63 @@ def test_bootstrap_draws_documents():
     assert found.mean == pytest.approx(known.value) and found.low < known.value < found.high
     assert (found.high - found.low) / (2 * 1.96) == pytest.approx(known.se, rel=0.06)
     assert bootstrap(lambda w: w.sum(-1), 7, draws=50) == (7, 7, 7)  # as many as there are
+
+
+def test_an_interval_over_seeds_covers_documents_and_seeds(acts, sae):
+    parts = split(acts)
+    shifted = {str(seed): (lambda x, seed=seed: sae(x) * (1 - 0.1 * seed)) for seed in range(3)}
+    found, _ = decompose(acts, {"sae": sae, **shifted}, parts)
+    tests = [found[str(seed)].test for seed in range(3)]
+    documents, once = len(tests[0].tokens), torch.ones(1, len(tests[0].tokens), dtype=torch.float64)
+    values = [test.fvu(once).item() for test in tests]
+    both, alone, same = over_seeds(tests, HeldOut.fvu), over_seeds(tests[:1], HeldOut.fvu), over_seeds(tests[:1] * 3, HeldOut.fvu)
+    seeds = mean_interval(values)
+    drawn = bootstrap(lambda w: sum(test.fvu(w) for test in tests) / 3, documents)
+    assert both.mean == pytest.approx(seeds.mean)
+    assert (both.high - both.mean) ** 2 == pytest.approx((drawn.high - drawn.mean) ** 2 + seeds.half**2)
+    assert alone == pytest.approx(tuple(bootstrap(tests[0].fvu, documents))) and tuple(same) == pytest.approx(tuple(alone))
+
+
+def test_breakdown_of_a_known_law():
+    widths = [64, 128, 256, 512, 1024]
+    fvu = [0.12 + 3.0 * w**-0.5 for w in widths]
+    found = breakdown(widths, fvu, [0.05, 0.06, 0.05, 0.04, 0.05])
+    assert found.law.offset == pytest.approx(0.12, abs=1e-5) and found.law.exponent == pytest.approx(0.5, abs=1e-4)
+    assert found.absent + found.linear + found.nonlinear == pytest.approx(found.fvu)
+    assert found.nonlinear == pytest.approx([0.05] * 5) and found.linear == pytest.approx([0.07] * 5, abs=1e-5)
+
+
+def tokens_of(n, documents=50):
+    document = torch.arange(n) % documents
+    empty = torch.empty(0)
+    return TokenNorms(empty, empty, empty, document, torch.where(document < 30, document % 3, -1), document)
+
+
+def test_a_number_by_token_from_features():
+    g = generator(3)
+    features = torch.randn(20_000, 2, generator=g).double()
+    y = 3 + 2 * features[:, 0] + torch.randn(20_000, generator=g)  # 4 parts of 5 are explained
+    tokens = tokens_of(20_000)
+    found = scalar_r2(y, features[:, :1], tokens)
+    assert found.mean == pytest.approx(0.8, abs=0.02) and found.low < 0.8 < found.high
+    assert abs(scalar_r2(y, features[:, 1:], tokens).mean) < 0.01
+    assert scalar_r2(3 + 2 * features[:, 0], features[:, :1], tokens).mean == pytest.approx(1)
+    given = scalar_r2(y + features[:, 1], features[:, 1:], tokens, given=features[:, :1])  # 1 part of what is left of 2
+    assert given.mean == pytest.approx(0.5, abs=0.02)
+    y[::7] = float("nan")
+    assert scalar_r2(y, features[:, :1], tokens).mean == pytest.approx(0.8, abs=0.02)
+
+
+def test_controls_are_what_their_names_say(acts):
+    parts = split(acts)
+    controls = linear_controls(acts, parts, [2, D_IN])
+    x = torch.cat([rows.x for rows in stream(acts, parts, "fit")]).double()
+    mean = x.mean(0)
+    assert torch.allclose(controls["mean only"](x), mean.expand_as(x))
+    assert torch.allclose(controls["shrunk by half"](x), (x + mean) / 2)
+    assert torch.allclose(controls[f"{D_IN} principal components"](x), x)
+    values = torch.linalg.svdvals(x - mean).square()
+    assert (controls["2 principal components"](x) - x).square().sum() == pytest.approx(values[2:].sum().item())
+    found, _ = decompose(acts, controls, parts)
+    for name in ("mean only", "shrunk by half", "2 principal components"):
+        assert found[name].test.vector_r2(torch.ones(1, 16, dtype=torch.float64)) > 1 - 1e-9, name

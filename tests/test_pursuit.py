@@ -153,9 +153,9 @@ def test_the_order_of_tokens_does_not_matter():
 def test_left_to_itself_a_token_takes_its_own_l0(dtype):
     sae = random_sae().to(dtype)
     x = inputs(sae).to(dtype)
-    x[3] = sae.b_dec.detach()
+    x[[3, -1]] = sae.b_dec.detach()
     l0 = (sae.encode(x) > 0).sum(-1)
-    assert l0[3] == 0 and l0.unique().numel() > 4
+    assert l0[3] == l0[-1] == 0 and l0.unique().numel() > 4
     for batch in (9, 512):
         torch.testing.assert_close(pursue(sae, x, batch=batch).to_dense(), pursue(sae, x, l0).to_dense())
 
@@ -195,6 +195,17 @@ def test_clipping_can_raise_the_error():
     assert codes[3][0, 2] > 0 and codes[4][0, 2] == 0
     assert errors[0] > errors[1] > errors[2] > errors[3] and errors[4] == pytest.approx(1.768674 * errors[3], rel=1e-5)
     assert errors[5] < errors[4]
+
+
+def test_a_latent_found_below_zero_counts_in_the_step_and_is_clipped():
+    atoms = unit(torch.tensor([[0.0, 3, 2], [-4, -1, -3], [4, 2, 1], [3, -1, -2], [0, 1, 1]]).double())
+    x = torch.tensor([[3.0, 1, 5]], dtype=torch.float64)
+    before, after, found, _ = reference(x[0], atoms, 6)[-1]
+    q = (x[0] - before @ atoms) @ atoms.T
+    assert q.max() == q[found] < -0.3 and before[found] == after[found] == 0 and (before > 0).sum() == 2
+    torch.testing.assert_close(pursue(sae_of(atoms), x, 6).to_dense()[0], after)
+    alone = torch.where(before != 0, q, 0)  # without it the step would be another
+    assert ((before + alone.square().sum() / (alone @ atoms).square().sum() * alone).clamp(min=0) - after).norm() > 1e-3
 
 
 def test_orthonormal_atoms_give_the_code_in_as_many_steps_as_it_has_latents():
