@@ -118,7 +118,8 @@ def remedies(data: pd.DataFrame) -> Figure:
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     for ax, column in zip(axes, ("dense_10", "ratio"), strict=True):
         _over_l0(ax, data, column)
-    axes[0].set(ylabel="share of latents", title=f"fire on over {BOUNDS[1]:.0%} of tokens", ylim=(0, min(axes[0].get_ylim()[1], FULL)))
+    axes[0].set(ylabel="share of latents", title=f"fire on over {BOUNDS[1]:.0%} of tokens")
+    axes[0].set_ylim(0, min(axes[0].get_ylim()[1], FULL))
     axes[1].set(ylabel="FVU over that of the plain loss", title="price at equal L0")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return fig
