@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .corpus import Tokens, as_tokens
 from .frontier import at_l0
 from .hooks import capture
-from .intervals import Interval, mean_interval
+from .intervals import Interval, mean_interval, share_interval
 from .lm import LM
 from .sae import SAE
 
@@ -282,50 +282,56 @@ def excess_right(frequency: torch.Tensor, above: float = 0.1) -> Excess:
 def extreme_share(frequencies: Sequence[torch.Tensor], above: float = 0.5) -> Interval:
     """Share of latents that fire on more than `above` of tokens, with the exact binomial 95 % interval over latents.
 
-    frequencies: one tensor a seed, [d_sae]; all seeds are pooled. Clopper–Pearson: with none of n, the upper end is about
-    3.7/n, so that a share below 1/n is not claimed from n latents. It takes latents for independent, which those of one
-    SAE are not quite. Raises ValueError for no latents.
+    frequencies: one tensor a seed, [d_sae]; all seeds are pooled (:func:`jumprelu.intervals.share_interval`). Latents are
+    taken for independent, which those of one SAE are not quite. Raises ValueError for no latents.
     """
     pooled = torch.cat([frequency.flatten().cpu() for frequency in frequencies]) if len(frequencies) else torch.zeros(0)
     if not len(pooled):
         raise ValueError("no latents: give one tensor of frequencies a seed, and at least one")
-    found = stats.binomtest(int((pooled > above).sum()), len(pooled))
-    low, high = found.proportion_ci(0.95, method="exact")
-    return Interval(found.statistic, float(low), float(high))
+    return share_interval(int((pooled > above).sum()), len(pooled))
 
 
 # ---- at equal L0 ------------------------------------------------------------------------------------------------
 
 
 def nearest_runs(table: pd.DataFrame, l0: float) -> pd.DataFrame:
-    """The rows of `table` whose L0 is nearest to `l0`, by ratio: one for each architecture and seed, in the table's order.
+    """The runs of each architecture at that of its settings whose L0 is nearest to `l0`, by ratio, in the table's order.
 
-    table: one row a run, with columns architecture, seed and l0; the rows keep their index.
+    table: one row a run, with columns architecture, seed and l0; the n-th run of each seed is of the n-th setting, and the
+    settings' L0 is the geometric mean over seeds. The rows keep their index.
     """
-    distance = np.log(table.l0 / l0).abs()
-    return table.loc[sorted(distance.groupby([table.architecture, table.seed]).idxmin())]
+    setting = table.groupby(["architecture", "seed"], sort=False).cumcount()
+    distance = np.log(table.l0 / l0).groupby([table.architecture, setting]).transform("mean").abs()
+    return table[distance == distance.groupby(table.architecture).transform("min")]
+
+
+def _share_at(runs: pd.DataFrame, l0: float, metric: str) -> float:
+    """A share of latents at `l0`: the logarithm of the share plus that of one latent is linear in log L0."""
+    one = 1 / runs.d_sae.iloc[0]
+    return at_l0(runs.assign(**{metric: runs[metric] + one}), l0, metric) - one
 
 
 def values_at(table: pd.DataFrame, architecture: str, l0: float, metric: str = "dense_10") -> pd.Series:
-    """A metric of one architecture at `l0` in each seed (:func:`jumprelu.frontier.at_l0`); index: seed, in ascending order.
+    """A share of latents of one architecture at `l0` in each seed; index: seed, in ascending order.
 
-    NaN where the seed's runs do not reach that L0. Raises ValueError if the architecture has no runs.
+    Shares rise steeply with L0 and may be 0: their logarithm is interpolated, with one latent added and taken off again. NaN
+    where the seed's runs do not reach that L0. Raises ValueError if the architecture has no runs.
     """
     runs = table[table.architecture == architecture]
     if runs.empty:
         raise ValueError(f"no runs of {architecture!r}: the table has {', '.join(map(str, table.architecture.unique()))}")
-    return pd.Series({seed: at_l0(rows, l0, metric, log=False) for seed, rows in runs.groupby("seed")}, dtype=float)
+    return pd.Series({seed: _share_at(rows, l0, metric) for seed, rows in runs.groupby("seed")}, dtype=float)
 
 
 def beside_reference(table: pd.DataFrame, reference: pd.DataFrame, metric: str = "dense_10") -> pd.Series:
-    """Each run's metric minus that of the same seed's `reference` runs at the run's L0; indexed as `table`.
+    """Each run's share of latents minus that of the same seed's `reference` runs at the run's L0; indexed as `table`.
 
-    For shares of latents, which may be 0: a difference and not a ratio. reference: rows of one architecture, of several L0. NaN
-    for an L0 that these do not reach. Raises ValueError for a seed without reference runs.
+    A difference and not a ratio, because shares may be 0; interpolated as in :func:`values_at`. reference: rows of one
+    architecture, of several L0. NaN for an L0 that these do not reach. Raises ValueError for a seed without reference runs.
     """
     frontiers = dict(list(reference.groupby("seed")))
     missing = sorted(set(table.seed) - set(frontiers))
     if missing:
         raise ValueError(f"no reference runs of seed {', '.join(map(str, missing))}: train the reference with these seeds too")
-    return pd.Series([row[metric] - at_l0(frontiers[row.seed], row.l0, metric, log=False) for _, row in table.iterrows()],
+    return pd.Series([row[metric] - _share_at(frontiers[row.seed], row.l0, metric) for _, row in table.iterrows()],
                      index=table.index, dtype=float)

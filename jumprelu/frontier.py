@@ -7,8 +7,10 @@ on a grid over the range of L0 that both reach; the mean of the difference of lo
 A t-interval over seeds, turned back from logarithms, is the result. The runs of one seed saw the same batches in the same order,
 so what a seed's data has to do with it cancels in the ratio. Nothing is extrapolated: no overlap, no comparison.
 
-Frontiers are nearly straight between two logarithms. On a plain metric a chord lies above a convex curve, by more where points
-are further apart, and the curve with the wider gaps would lose by that.
+On a plain metric a chord lies above a convex curve, by more where points are further apart, and the curve with the wider gaps
+would lose by that. Between logarithms frontiers are nearly straight, but not over a wide gap: there they bend down, and the
+curve with the wider gaps wins. Curves of few points are therefore interpolated by parabolas of a given `bend`, which a curve of
+many points tells (:func:`bend`); straight lines have none.
 """
 
 from __future__ import annotations
@@ -25,40 +27,51 @@ POINTS = 33
 """Points of the grid over the common range of log L0."""
 
 
-def at_l0(frontier: pd.DataFrame, l0: float | np.ndarray, metric: str = "fvu", log: bool = True) -> float | np.ndarray:
-    """A metric of a frontier at an L0, between its points; NaN outside of them.
+def bend(frontier: pd.DataFrame, metric: str = "fvu") -> float:
+    """Coefficient of (log L0)² in the parabola of least squares through log metric; below 0 where the curve bends down.
 
-    Its logarithm (`log`; NaN next to a value that is not positive), or for shares, which may be 0, itself, is linear in log L0.
+    frontier: runs of one architecture, of any seeds. Raises ValueError for fewer than three L0 (to 1 %).
+    """
+    if len(np.unique(np.log(frontier.l0).round(2))) < 3:
+        raise ValueError(f"a bend takes runs of three different L0 at least, got {sorted(frontier.l0.round(1))}")
+    return float(np.polyfit(np.log(frontier.l0), np.log(frontier[metric]), 2)[0])
+
+
+def at_l0(frontier: pd.DataFrame, l0: float | np.ndarray, metric: str = "fvu", bend: float = 0.0) -> float | np.ndarray:
+    """A metric of a frontier at an L0, between its points; NaN outside of them, and next to a value that is not positive.
+
+    Its logarithm is linear in log L0 but for `bend` · (log L0)².
     """
     ordered = frontier.sort_values("l0")
+    known, wanted = np.log(ordered.l0.to_numpy(float)), np.log(l0)
     values = ordered[metric].to_numpy(float)
-    values = np.log(np.where(values > 0, values, np.nan)) if log else values
-    found = np.interp(np.log(l0), np.log(ordered.l0), values, left=np.nan, right=np.nan)
-    found = np.exp(found) if log else found
+    values = np.log(np.where(values > 0, values, np.nan)) - bend * known**2
+    found = np.exp(np.interp(wanted, known, values, left=np.nan, right=np.nan) + bend * wanted**2)
     return float(found) if np.ndim(found) == 0 else found
 
 
-def matched_ratio(one: pd.DataFrame, other: pd.DataFrame, metric: str = "fvu", worst: bool = False) -> float:
+def matched_ratio(one: pd.DataFrame, other: pd.DataFrame, metric: str = "fvu", worst: bool = False, bend: float = 0.0) -> float:
     """Metric of a frontier over that of another at equal L0: geometric mean over their common range of log L0.
 
-    worst: the largest ratio in that range instead. NaN if the ranges have less than two points in common, or a metric is not
-    positive there.
+    worst: the largest ratio in that range instead. bend: of both curves, between their points. NaN if the ranges have less than
+    two points in common, or a metric is not positive there.
     """
     low, high = max(one.l0.min(), other.l0.min()), min(one.l0.max(), other.l0.max())
     if not low < high:
         return float("nan")
     grid = np.geomspace(low, high, POINTS)[1:-1]  # an end of the range may fall outside of it by rounding
-    ratio = at_l0(one, grid, metric) / at_l0(other, grid, metric)
+    ratio = at_l0(one, grid, metric, bend) / at_l0(other, grid, metric, bend)
     return float(ratio.max() if worst else np.exp(np.log(ratio).mean()))
 
 
-def seed_ratios(table: pd.DataFrame, one: str, other: str, metric: str = "fvu", worst: bool = False) -> pd.Series:
+def seed_ratios(table: pd.DataFrame, one: str, other: str, metric: str = "fvu", worst: bool = False,
+                bend: float = 0.0) -> pd.Series:
     """:func:`matched_ratio` of two architectures in each seed that both have; index: seed."""
     mine, theirs = (dict(list(table[table.architecture == name].groupby("seed"))) for name in (one, other))
     if not mine or not theirs:
         raise ValueError(f"no runs of {one if not mine else other!r}: the table has {', '.join(table.architecture.unique())}")
     both = [seed for seed in mine if seed in theirs]
-    return pd.Series({seed: matched_ratio(mine[seed], theirs[seed], metric, worst) for seed in both}, dtype=float)
+    return pd.Series({seed: matched_ratio(mine[seed], theirs[seed], metric, worst, bend) for seed in both}, dtype=float)
 
 
 def log_interval(ratios: Iterable[float], spread: float | None = None, degrees: int = 0) -> Interval:
@@ -77,9 +90,9 @@ def log_interval(ratios: Iterable[float], spread: float | None = None, degrees: 
     return Interval(*(float(np.exp(logs.mean() + step)) for step in (0.0, -half, half)))
 
 
-def compare(table: pd.DataFrame, one: str, other: str, metric: str = "fvu", worst: bool = False) -> Interval:
+def compare(table: pd.DataFrame, one: str, other: str, metric: str = "fvu", worst: bool = False, bend: float = 0.0) -> Interval:
     """Metric of one architecture over another's at equal L0, with its 95 % interval over seeds; below 1: `one` is better."""
-    return log_interval(seed_ratios(table, one, other, metric, worst))
+    return log_interval(seed_ratios(table, one, other, metric, worst, bend))
 
 
 def bands(table: pd.DataFrame, metric: str = "fvu", points: int = POINTS) -> pd.DataFrame:

@@ -97,6 +97,18 @@ def mean_interval(values: Sequence[float] | np.ndarray | torch.Tensor, level: fl
     return Interval(*map(float, found)) if values.ndim == 1 else found
 
 
+def share_interval(count: int, n: int) -> Interval:
+    """Share of `count` in n with its exact binomial 95 % interval (Clopper–Pearson).
+
+    With none of n the upper end is about 3.7/n: a share below 1/n is not claimed from n. Raises ValueError for n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"a share of {n} has no interval: give at least 1")
+    found = stats.binomtest(count, n)
+    low, high = found.proportion_ci(0.95, method="exact")
+    return Interval(found.statistic, float(low), float(high))
+
+
 def summarise(samples: pd.DataFrame, by: list[str], value: str = "value") -> pd.DataFrame:
     """Mean and 95 % interval of column `value` over the repeats in each group: columns `by`, mean, low, high."""
     groups = samples.groupby(by, sort=False)[value]

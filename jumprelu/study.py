@@ -13,7 +13,7 @@ import torch
 from .activations import Activations
 from .cache import remember
 from .corpus import Tokens
-from .frontier import at_l0, log_interval, seed_ratios, tuned
+from .frontier import at_l0, bend, log_interval, seed_ratios, tuned
 from .lm import LM
 from .metrics import Report, evaluate
 from .recipe import TrainConfig
@@ -162,10 +162,11 @@ def tune_lr(acts: Activations, variants: Mapping[str, Sequence[TrainConfig]], lr
 def beside_frontier(table: pd.DataFrame, reference: pd.DataFrame, metric: str = "fvu") -> pd.DataFrame:
     """`table` with a column ratio: each run's metric over that of the same seed's `reference` runs at the run's L0.
 
-    reference: rows of one architecture, of several L0. NaN for an L0 that these do not reach.
+    reference: rows of one architecture, of several L0, between which the bend of all is used. NaN for an L0 that they do not
+    reach.
     """
-    frontiers = dict(list(reference.groupby("seed")))
-    ratio = [row[metric] / at_l0(frontiers[row.seed], row.l0, metric) for _, row in table.iterrows()]
+    frontiers, curve = dict(list(reference.groupby("seed"))), bend(reference, metric) if reference.l0.nunique() > 2 else 0.0
+    ratio = [row[metric] / at_l0(frontiers[row.seed], row.l0, metric, curve) for _, row in table.iterrows()]
     return table.assign(ratio=ratio)
 
 

@@ -59,15 +59,16 @@ variants: dict = {  # name: what differs from the defaults of TrainConfig; lists
                         "sparsity": [0.06, 0.1, 0.15, 0.25]},
     "ReLU": {"architecture": "relu", "sparsity": [0.05, 0.08, 0.12, 0.18], "sparsity_warmup": 0.1},
 }  # fmt: skip
-lrs: list = [0.003, 0.006, 0.012]  # each variant is tried at all, and compared at its best
+lrs: list = [0.003, 0.006, 0.012, 0.024]  # each variant is tried at all, and compared at its best
 tuning_points: list = [0, 3]  # at these points of its curve
 same_lr: dict = {  # these take over a rate
     "JumpReLU, ε falls": "JumpReLU", "TopK, approximate": "TopK", "BatchTopK": "TopK",
 }  # fmt: skip
-place_variants: list = ["JumpReLU", "TopK", "Gated", "ReLU"]  # at the further sites and layers
+place_variants: list = ["JumpReLU", "TopK", "Gated, original"]  # at the further sites and layers; the better one of Gated
 place_d_sae: int = 256
 place_steps: int = 120
-place_seeds: int = 1
+place_seeds: int = 3
+second_model: bool = False  # whether `model` is one on which the paper's order is to be found again
 widths: list = [128, 256, 512, 1024]  # for the scaling of FVU with d_sae, at `steps` steps
 widest: list = [4096]  # further widths, for TopK alone, whose steps cost least
 lengths: list = [50, 100, 200]  # for its scaling with the number of steps, at `d_sae`
@@ -83,6 +84,8 @@ train_tokens = jr.tokenize(jr.load_texts(dataset, "train"), lm.tokenizer, contex
 test_tokens = jr.tokenize(jr.load_texts(dataset, "test"), lm.tokenizer, context_size, test_rows, rows_per_document=1)
 acts = jr.remember(jr.harvest, lm, train_tokens, site=site, layer=layer, dtype=storage)
 print(acts)
+longest = max(steps, *lengths) * batch_size
+print(f"{steps * batch_size:,} tokens a run; the longest run below, of {longest:,}, sees each {longest / len(acts):.1f} times")
 print(f"evaluation: {len(test_tokens)} rows of {len(test_tokens.document.unique())} held-out documents")
 
 # %% [markdown]
@@ -150,12 +153,11 @@ jr.save_figure(plots.matched_l0(matched), "03_matched_l0", matched)
 # **What the paper claims** (second-hand). The same order at the residual stream, the MLP output and the attention output,
 # early, in the middle and late.
 #
-# **What is computed.** Smaller and shorter runs of four architectures, at the learning rates found above. A place with a
-# single seed cannot tell its own spread: its interval uses the standard deviation over seeds of the same comparison at the
-# main place above, which assumes that neither the place nor the size of the run changes that spread.
+# **What is computed.** Smaller and shorter runs of three architectures, at the learning rates found above; intervals over
+# seeds, as before. (A profile with fewer than three seeds here borrows their spread from the main place.)
 
 # %%
-stores = [acts, *(jr.remember(jr.harvest, lm, train_tokens, site=s, layer=n, dtype=storage) for s, n in places)]
+stores = [jr.remember(jr.harvest, lm, train_tokens, site=s, layer=n, dtype=storage) for s, n in [[site, layer], *places]]
 small = {name: [dataclasses.replace(config, d_sae=place_d_sae, steps=place_steps) for config in best[name]]
          for name in place_variants}  # fmt: skip
 elsewhere = study.sweep_variants(stores, small, range(place_seeds), lm, test_tokens, workers or None).table
@@ -215,26 +217,29 @@ def versus(one: str, other: str, metric: str = "delta_loss", worst: bool = False
     return frontier.compare(main.table, one, other, metric, worst)
 
 
-def of_site(other: str, wanted: str):
-    """The comparison at a site: over its places if there are several, else that of its one place."""
-    rows = ratios[(ratios.other == other) & (ratios.metric == "delta_loss") & ratios.place.str.startswith(wanted)]
-    if len(rows) > 1:
-        return frontier.log_interval(rows["mean"])
-    return Interval(*(rows[["mean", "low", "high"]].iloc[0] if len(rows) else [float("nan")] * 3))
+def of_place(other: str, site: str, layer: int):
+    """JumpReLU over another at one place."""
+    rows = ratios[(ratios.other == other) & (ratios.metric == "delta_loss") & (ratios.place == f"{site}, layer {layer}")]
+    return Interval(*rows[["mean", "low", "high"]].iloc[0])
 
 
 nothing = float("-inf")
 
 
 few = "needs two seeds, and curves that overlap in L0"
+unready = "L1 baselines are far from converged after so few steps"
+alike = "only learning rates were tuned"
+edge = {name: " (its best rate is at the edge of those tried)" for name, configs in best.items()
+        if configs[0].lr in (min(lrs), max(lrs))}  # fmt: skip
 
 
 def paper(id: str, sentence: str, one: str, other: str, holds: tuple, metric: str = "delta_loss", source: str = "JumpReLU",
           worst: bool = False):
     """A claim on two architectures at the main place."""
+    reason = (unready if other in ("Gated", "Gated, original", "ReLU") else alike) + edge.get(other, "")
     error = {"fvu": "FVU", "delta_loss": "delta LM loss"}[metric]
     quantity = f"{error} at equal L0, {one} / {other}" + (", largest over L0" if worst else "")
-    return claim(id, source, sentence, quantity, versus(one, other, metric, worst), holds, "03_matched_l0", missing=few)
+    return claim(id, source, sentence, quantity, versus(one, other, metric, worst), holds, "03_matched_l0", reason, few)
 
 
 better, level, same = (nothing, 1), (nothing, 1.05), (1 / 1.05, 1.05)  # "level" and "as good" leave a tolerance of 5 %
@@ -245,16 +250,19 @@ claims = [
     paper("J3b", "Level with or better than TopK (residual stream; up to 5 % counts as level).", "JumpReLU", "TopK", level),
     paper("J3c", "Slightly better than TopK (residual stream).", "JumpReLU", "TopK", better),
     paper("J3d", "TopK is better than Gated (residual stream).", "TopK", "Gated", better),
-    *(claim(f"{number}{letter}", "JumpReLU", f"{what}, at the {name}.", f"delta LM loss at equal L0, JumpReLU / {other}",
-            of_site(other, where), holds, "03_place_ratios", missing="not among the places, or no overlap in L0")
-      for number, where, name in (("J4", "mlp_out", "MLP output"), ("J5", "attn_out", "attention output"))
-      for letter, other, what, holds in (("a", "Gated", "Better than Gated", better),
+    *(claim(f"{number}{letter}{n}", "JumpReLU", f"{what}, {s} of layer {n}.",
+            f"delta LM loss at equal L0, JumpReLU / {other}", of_place(other, s, n), holds, "03_place_ratios",
+            unready if letter == "a" else alike, few)
+      for s, n in places for number in [{"resid_post": "J3", "mlp_out": "J4", "attn_out": "J5"}[s]]
+      for letter, other, what, holds in (("a", place_variants[2], "Better than Gated", better),
                                          ("b", "TopK", "Level with or better than TopK", level))),
     paper("J6a", "Better than Gated in FVU.", "JumpReLU", "Gated", better, "fvu"),
+    paper("J6c", "Better than the original Gated in FVU.", "JumpReLU", "Gated, original", better, "fvu"),
     paper("J6b", "Level with or better than TopK in FVU.", "JumpReLU", "TopK", level, "fvu"),
     paper("J13", "Approximate TopK is about as good as exact (within 5 %).", "TopK, approximate", "TopK", same),
-    claim("J17", "JumpReLU", "The order is the same on a second model (Pythia 2.8B).", "delta LM loss at equal L0", None,
-          better, "", missing="needs a GPU: profile pythia-2.8b"),
+    claim("J17", "JumpReLU", "Level with or better than TopK on a second model (Pythia 2.8B).",
+          "delta LM loss at equal L0, JumpReLU / TopK", versus("JumpReLU", "TopK") if second_model else None, level,
+          "03_matched_l0", missing="needs profile pythia-2.8b, a GPU and two seeds"),
     paper("P1", "Better than ReLU with L1.", "JumpReLU", "ReLU", better, source="ours"),
     paper("P2", "JumpReLU is level with or better than BatchTopK.", "JumpReLU", "BatchTopK", level, source="ours"),
     *(claim(f"P{number}", "ours", f"A power law in {name}, fitted without the last point, predicts FVU there within 5 % (TopK).",
@@ -268,9 +276,11 @@ ledger("03", claims)[["id", "claim", "value", "low", "high", "verdict"]]
 # %% [markdown]
 # **What differs from the paper, and why.** The ReLU and Gated SAEs here are far from converged: their L1 has to push out, step
 # by step, what JumpReLU's start at θ_init and TopK's k never let in, and a few hundred steps are few for it; the paper's runs
-# take thousands of times as many tokens. So a wide margin over Gated says as much about speed of training as about the
-# architecture, and the `thorough` profile, with ten times the tokens, shows which. All numbers are of a model of six layers
-# and a text corpus of code.
+# take billions of tokens. So a wide margin over Gated says as much about speed of training as about the architecture; the
+# ledger's lines of the `thorough` profile, with ten times the tokens, say how it changes. Only learning rates were tuned: other
+# settings of the baselines, and Adam's momentum (notebook 05), would move some of these ratios. A narrow miss of the power law
+# in width is within its tolerance and still a curve that flattens. All numbers are of a model of six layers and a text corpus
+# of code.
 #
 # ## Facts
 

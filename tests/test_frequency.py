@@ -267,30 +267,35 @@ def test_an_extreme_share_of_none_has_an_interval():
             extreme_share(nothing)
 
 
+def power(l0, seed):
+    return 2e-4 * l0**1.5 * (1 + seed) - 0.001
+
+
 @pytest.fixture
 def runs():
-    """Two seeds of a reference whose share rises linearly in log L0, and of others."""
-    rows = [("plain", seed, l0, 0.1 * np.log2(l0) + 0.01 * seed) for seed in (0, 1) for l0 in (8.0, 32.0, 128.0)]
+    """Two seeds of a reference whose share is a power of L0 but for one latent of 1,000, and of others."""
+    rows = [("plain", seed, l0, power(l0, seed)) for seed in (0, 1) for l0 in (8.0, 32.0, 128.0)]
     rows += [("other", 1, 16.0, 0.3), ("other", 0, 64.0, 0.5), ("other", 1, 64.0, 0.4), ("other", 0, 256.0, 0.9)]
-    return pd.DataFrame(rows, columns=["architecture", "seed", "l0", "dense_10"])
+    return pd.DataFrame(rows, columns=["architecture", "seed", "l0", "dense_10"]).assign(d_sae=1000)
 
 
 def test_nearest_runs(runs):
     found = nearest_runs(runs, 60.0)  # between 32 and 128 by ratio nearer to 32, by difference too; 70 differs
-    assert found.index.tolist() == [1, 4, 7, 8]
-    assert nearest_runs(runs, 70.0).l0.tolist() == [128.0, 128.0, 64.0, 64.0]
+    assert found.l0.tolist() == [32.0, 32.0, 16.0, 64.0]  # settings: the first of "other" has L0 √(16·64) = 32, the other 128
+    assert found.index.tolist() == [1, 4, 6, 7]
+    assert nearest_runs(runs, 70.0).l0.tolist() == [128.0, 128.0, 64.0, 256.0]
 
 
 def test_shares_at_equal_l0(runs):
     at = values_at(runs, "plain", 64.0)
     assert at.index.tolist() == [0, 1]
-    np.testing.assert_allclose(at, [0.6, 0.61])
+    np.testing.assert_allclose(at, [power(64, 0), power(64, 1)])
     assert values_at(runs, "plain", 129.0).isna().all()
     with pytest.raises(ValueError, match="no runs of 'TopK': the table has plain, other"):
         values_at(runs, "TopK", 64.0)
     other, plain = runs[runs.architecture == "other"], runs[runs.architecture == "plain"]
     beside = beside_reference(other, plain)
     assert beside.index.tolist() == other.index.tolist()
-    np.testing.assert_allclose(beside, [0.3 - 0.41, 0.5 - 0.6, 0.4 - 0.61, np.nan])
+    np.testing.assert_allclose(beside, [0.3 - power(16, 1), 0.5 - power(64, 0), 0.4 - power(64, 1), np.nan])
     with pytest.raises(ValueError, match="no reference runs of seed 1"):
         beside_reference(other, plain[plain.seed == 0])

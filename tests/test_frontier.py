@@ -20,11 +20,29 @@ def runs(architecture, l0, fvu, seed=0, **columns):
 def test_a_metric_at_an_l0():
     one = runs("a", [100, 1], [0.1, 0.4])
     assert frontier.at_l0(one, 10.0) == pytest.approx(0.2)  # half way in log L0, and in the logarithm of FVU
-    assert frontier.at_l0(one, 10.0, log=False) == pytest.approx(0.25)
-    assert frontier.at_l0(runs("a", [1, 100], [0, 0.5]), 10.0, log=False) == pytest.approx(0.25)
     assert math.isnan(frontier.at_l0(runs("a", [1, 100], [-0.1, 0.5]), 10.0))
     assert math.isnan(frontier.at_l0(one, 200.0)) and math.isnan(frontier.at_l0(one, 0.5))
     assert frontier.at_l0(one, np.array([1.0, 100.0])).tolist() == pytest.approx([0.4, 0.1])
+
+
+def test_a_known_bend_makes_up_for_missing_points():
+    """Two curves a constant factor apart, of which one has fewer points: chords get it wrong, the bend of a third does not."""
+    grid = np.geomspace(5, 160, 9)
+
+    def curve(l0):
+        return np.exp(-1 - 0.3 * np.log(l0) - 0.08 * np.log(l0) ** 2)
+
+    dense = runs("dense", grid, curve(grid))
+    assert frontier.bend(dense) == pytest.approx(-0.08)
+    assert frontier.bend(dense.assign(fvu=dense.fvu * dense.l0**2)) == pytest.approx(-0.08)  # a straight line does not bend
+    few, many = runs("a", [10, 80], 0.9 * curve(np.array([10, 80]))), runs("b", grid, curve(grid))
+    assert frontier.matched_ratio(few, many, bend=-0.08) == pytest.approx(0.9)
+    assert frontier.matched_ratio(few, many) < 0.87
+    assert frontier.at_l0(few, 40.0, bend=-0.08) == pytest.approx(0.9 * curve(40.0))
+    both = pd.concat([few, many], ignore_index=True)
+    assert frontier.compare(both, "a", "b", bend=-0.08).mean == pytest.approx(0.9)
+    with pytest.raises(ValueError, match="three different L0"):
+        frontier.bend(few)
 
 
 def test_a_constant_factor_is_found_on_the_common_range_only():

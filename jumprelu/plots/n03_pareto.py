@@ -17,6 +17,7 @@ from .common import architecture_look, error_bars
 use_style()
 
 METRIC_LABELS = {"fvu": "FVU", "delta_loss": "delta LM loss, nats per token"}
+RATIO_LABELS = {"fvu": "FVU", "delta_loss": "delta LM loss"}
 
 
 def _plain_ticks(axis: Axis) -> None:
@@ -102,7 +103,7 @@ def matched_l0(data: pd.DataFrame) -> Figure:
     pairs = data.one + " / " + data.other
     fig, ax = plt.subplots(figsize=(7.5, 0.6 + 0.34 * pairs.nunique()))
     for offset, (metric, look) in zip((-0.13, 0.13), METRIC_MARKS.items(), strict=True):
-        _forest(ax, data[data.metric == metric], pairs[data.metric == metric], offset, look | {"label": METRIC_LABELS[metric]})
+        _forest(ax, data[data.metric == metric], pairs[data.metric == metric], offset, look | {"label": RATIO_LABELS[metric]})
     ax.set_yticks(range(pairs.nunique()), list(dict.fromkeys(pairs)))
     ax.invert_yaxis()
     _ratio_axis(ax, data)
@@ -139,7 +140,7 @@ def place_ratios(data: pd.DataFrame) -> Figure:
         one = data[data.other == other]
         for offset, (metric, look) in zip((-0.13, 0.13), METRIC_MARKS.items(), strict=True):
             rows = one[one.metric == metric]
-            _forest(ax, rows, rows.place, offset, look | {"label": METRIC_LABELS[metric]})
+            _forest(ax, rows, rows.place, offset, look | {"label": RATIO_LABELS[metric]})
         _ratio_axis(ax, one)
         ax.set_title(f"JumpReLU / {other}")
     axes[0, 0].set_yticks(range(data.place.nunique()), list(dict.fromkeys(data.place)))

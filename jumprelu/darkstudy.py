@@ -1,0 +1,202 @@
+"""Tables of the dark-matter notebooks: decompositions over seeds, sparsities, widths and tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from .activations import Activations, activations_from_tensor
+from .architectures import Trainee
+from .corpus import Tokens
+from .darkmatter import NORMS, HeldOut, TokenNorms, bootstrap, breakdown, over_seeds, scalar_r2
+from .intervals import mean_interval
+from .language import token_losses
+from .lm import LM
+from .recipe import TrainConfig
+from .sae import SAE
+
+Statistic = Callable[[HeldOut, torch.Tensor], torch.Tensor]
+
+STATISTICS: dict[str, Statistic] = {
+    "fvu": HeldOut.fvu,
+    "fvu_nonlinear": HeldOut.fvu_nonlinear,
+    "vector_r2": HeldOut.vector_r2,
+    "vector_r2_by_dimension": lambda test, weights: test.vector_r2(weights, pooled=False),
+    "norm_r2": HeldOut.norm_r2,
+}
+"""Name → (what was held out, weights of documents) → [draws]."""
+
+NORM_STATISTICS: dict[str, Statistic] = {name: functools.partial(HeldOut.norm_r2, of=name) for name in NORMS}
+"""R² of each squared norm as predicted from x."""
+
+
+# ---- controls ---------------------------------------------------------------------------------------------------
+
+
+def shuffled(acts: Activations, out: str | Path, seed: int = 0) -> Activations:
+    """A store of the same numbers, each dimension shuffled among all tokens by itself, so that none knows of another.
+
+    Holds all activations in memory.
+    """
+    x = torch.cat([shard.activations for shard in acts.shards()])
+    g = torch.Generator().manual_seed(seed)
+    for column in x.unbind(1):
+        column.copy_(column[torch.randperm(len(x), generator=g)])
+    return activations_from_tensor(x, out)
+
+
+def random_sae(acts: Activations, config: TrainConfig) -> SAE:
+    """An SAE as training begins: random atoms of norm 1, the encoder their transpose, b_dec the mean activation."""
+    trainee = Trainee(acts.d_in, config, torch.Generator().manual_seed(config.seed))
+    rows = acts.rows(2**14)
+    scale = rows.square().sum(-1).mean().sqrt().item()
+    with torch.no_grad():
+        trainee.b_dec.copy_(rows.mean(0) / scale)
+    return trainee.fold(scale)
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------
+
+
+def _once(test: HeldOut) -> torch.Tensor:
+    return torch.ones(1, len(test.tokens), dtype=torch.float64)
+
+
+def run_table(table: pd.DataFrame, tests: Sequence[HeldOut]) -> pd.DataFrame:
+    """`table` of runs, with a column for each of :data:`STATISTICS`."""
+    columns = {name: [statistic(test, _once(test)).item() for test in tests] for name, statistic in STATISTICS.items()}
+    return table.assign(**columns)
+
+
+def summary(tests: dict[str, Sequence[HeldOut]], draws: int = 1000) -> pd.DataFrame:
+    """Each of :data:`STATISTICS` for named SAEs, several that differ in their seed under one name.
+
+    Columns name, quantity, mean, low, high (:func:`jumprelu.darkmatter.over_seeds`).
+    """
+    rows = [(name, quantity, *over_seeds(several, statistic, draws))
+            for name, several in tests.items() for quantity, statistic in STATISTICS.items()]  # fmt: skip
+    return pd.DataFrame(rows, columns=["name", "quantity", "mean", "low", "high"])
+
+
+def _points(table: pd.DataFrame) -> dict[tuple[object, int], list[int]]:
+    """Positions of runs that differ in their seed only: (architecture, number within its seed) → those."""
+    number = table.groupby(["architecture", "seed"], sort=False).cumcount()
+    places: dict[tuple[object, int], list[int]] = {}
+    for position, key in enumerate(zip(table.architecture, number, strict=True)):
+        places.setdefault(key, []).append(position)
+    return places
+
+
+def by_point(table: pd.DataFrame, tests: Sequence[HeldOut], draws: int = 1000,
+             statistics: dict[str, Statistic] = STATISTICS) -> pd.DataFrame:  # noqa: B006 (a constant)
+    """Statistics at each point of each architecture's curve, over its seeds (:func:`jumprelu.darkmatter.over_seeds`).
+
+    table: a row a run, as `study.sweep_variants` gives; the n-th run of each seed belong together. Columns architecture, point,
+    quantity, l0 (mean over seeds), mean, low, high.
+    """
+    rows = []
+    for (name, point), places in _points(table).items():
+        l0, several = table.l0.iloc[places].mean(), [tests[place] for place in places]
+        rows += [(name, point, quantity, l0, *over_seeds(several, found, draws)) for quantity, found in statistics.items()]
+    return pd.DataFrame(rows, columns=["architecture", "point", "quantity", "l0", "mean", "low", "high"])
+
+
+def breakdown_table(table: pd.DataFrame, tests: Sequence[HeldOut]) -> pd.DataFrame:
+    """The breakdown of FVU by width, each seed by itself, then over seeds: columns component, d_sae, mean, low, high.
+
+    Components: absent, linear, nonlinear, and law (the fitted FVU); "offset" and "exponent" have one row each, "miss" is measured
+    over predicted FVU at the greatest width, by the fit to the others (NaN with fewer than four widths).
+    """
+    parts: list[pd.DataFrame] = []
+    for seed, runs in run_table(table, tests).groupby("seed"):
+        runs = runs.sort_values("d_sae")
+        found = breakdown(runs.d_sae.tolist(), runs.fvu.tolist(), runs.fvu_nonlinear.tolist())
+        values = {"absent": found.absent, "linear": found.linear, "nonlinear": found.nonlinear, "law": found.law.at(runs.d_sae)}
+        parts += [pd.DataFrame({"component": name, "d_sae": runs.d_sae, "seed": seed, "value": value})
+                  for name, value in values.items()]  # fmt: skip
+        miss = float("nan")
+        if len(runs) > 3:
+            fewer, last = runs.iloc[:-1], runs.iloc[-1]
+            miss = last.fvu / breakdown(fewer.d_sae.tolist(), fewer.fvu.tolist(), fewer.fvu_nonlinear.tolist()).law.at(last.d_sae)
+        single = {"offset": found.law.offset, "exponent": found.law.exponent, "miss": miss}
+        parts += [pd.DataFrame({"component": [name], "d_sae": [runs.d_sae.max()], "seed": seed, "value": [value]})
+                  for name, value in single.items()]  # fmt: skip
+    rows = [(*key, *mean_interval(values)) for key, values in pd.concat(parts).groupby(["component", "d_sae"], sort=False).value]
+    return pd.DataFrame(rows, columns=["component", "d_sae", "mean", "low", "high"])
+
+
+def pair_table(table: pd.DataFrame, norms: TokenNorms, draws: int = 200) -> pd.DataFrame:
+    """How well a wide SAE's ‖error‖ follows from a narrower one's, token by token.
+
+    table: a row a run, columns d_sae and seed, in the order of the columns of `norms`. Columns narrow, wide, quantity, mean, low,
+    high (over seeds). Quantities: "error" (R² from the narrow SAE's ‖error‖), "nonlinear" (share of the rest that its
+    ‖nonlinear error‖ explains), "x" (R² from ‖x‖ alone; narrow = wide).
+    """
+    places = {(int(row.d_sae), int(row.seed)): place for place, row in enumerate(table.itertuples())}
+    widths, seeds = sorted(table.d_sae.unique()), sorted(table.seed.unique())
+    rows = []
+    for b, wide in enumerate(widths):
+        for narrow in widths[: b + 1]:
+            found: dict[str, list[float]] = {"error": [], "nonlinear": []} if narrow < wide else {"x": []}
+            for seed in seeds:
+                target = norms.error[:, places[wide, seed]]
+                if narrow == wide:
+                    found["x"].append(scalar_r2(target, norms.x[:, None], norms, draws=draws).mean)
+                    continue
+                error, nonlinear = (part[:, places[narrow, seed], None] for part in (norms.error, norms.nonlinear))
+                found["error"].append(scalar_r2(target, error, norms, draws=draws).mean)
+                found["nonlinear"].append(scalar_r2(target, nonlinear, norms, given=error, draws=draws).mean)
+            rows += [(narrow, wide, name, *mean_interval(values)) for name, values in found.items()]
+    return pd.DataFrame(rows, columns=["narrow", "wide", "quantity", "mean", "low", "high"])
+
+
+def token_features(acts: Activations, sae: SAE, lm: LM, tokens: Tokens) -> pd.DataFrame:
+    """What else is known of each token of a store that was harvested from `tokens`, in its order.
+
+    Columns: loss (of the model at the token, for the next one; NaN at the end of a row), l0 (active latents), x (norm).
+    """
+    l0, norm = [], []
+    for shard in acts.shards():
+        for some in shard.activations.split(2**13):
+            l0.append(torch.bincount(sae.encode(some, sparse=True).indices()[0], minlength=len(some)))
+            norm.append(some.norm(dim=-1))
+    losses = torch.nn.functional.pad(token_losses(lm, tokens.ids), (0, 1), value=float("nan"))
+    kept = ~torch.isin(tokens.ids, torch.tensor(lm.special_ids))
+    return pd.DataFrame({"loss": losses[kept].numpy(), "l0": torch.cat(l0).numpy(), "x": torch.cat(norm).numpy()})
+
+
+def _means_by_id(y: torch.Tensor, norms: TokenNorms) -> torch.Tensor:
+    """For each token, the mean of y over the tokens of the same id in the documents for fitting (the mean of all if none)."""
+    fitting = norms.fold >= 0
+    ids = norms.ids.long()
+    count = torch.bincount(ids[fitting], minlength=int(ids.max()) + 1)
+    total = torch.zeros(len(count), dtype=torch.float64).index_add_(0, ids[fitting], y[fitting].double())
+    means = torch.where(count > 0, total / count.clamp_min(1), y[fitting].double().mean())
+    return means[ids]
+
+
+def baseline_table(features: pd.DataFrame, norms: TokenNorms, column: int, test: HeldOut, draws: int = 1000) -> pd.DataFrame:
+    """R² of ‖error‖² of one SAE from simpler things than x: columns predictor, mean, low, high (over documents).
+
+    features: :func:`token_features`; column: of the SAE in `norms`; test: of its decomposition, for the prediction from x.
+    """
+    square = norms.error[:, column].double().square()
+
+    def of(*values: torch.Tensor):
+        return scalar_r2(square, torch.stack(values, -1), norms, draws=draws)
+
+    loss, l0, norm = (torch.from_numpy(features[name].to_numpy(float)) for name in ("loss", "l0", "x"))
+    found = {"x, all dimensions": bootstrap(test.norm_r2, len(test.tokens), draws), "‖x‖ and ‖x‖²": of(norm, norm.square()),
+             "mean of the token": of(_means_by_id(square, norms)), "loss of the model": of(loss), "active latents": of(l0)}
+    return pd.DataFrame([(name, *interval) for name, interval in found.items()], columns=["predictor", "mean", "low", "high"])
+
+
+def at_one_l0(table: pd.DataFrame, name: str, quantity: str, l0: float) -> list[float]:
+    """A quantity of an architecture at one L0 in each seed, linear in log L0 between its runs; NaN where they do not reach it."""
+    curves = [rows.sort_values("l0") for _, rows in table[table.architecture == name].groupby("seed")]
+    return [float(np.interp(np.log(l0), np.log(rows.l0), rows[quantity], left=np.nan, right=np.nan)) for rows in curves]
