@@ -67,9 +67,10 @@ def _once(test: HeldOut) -> torch.Tensor:
     return torch.ones(1, len(test.tokens), dtype=torch.float64)
 
 
-def run_table(table: pd.DataFrame, tests: Sequence[HeldOut]) -> pd.DataFrame:
-    """`table` of runs, with a column for each of :data:`STATISTICS`."""
-    columns = {name: [statistic(test, _once(test)).item() for test in tests] for name, statistic in STATISTICS.items()}
+def run_table(table: pd.DataFrame, tests: Sequence[HeldOut],
+              statistics: dict[str, Statistic] = STATISTICS) -> pd.DataFrame:  # noqa: B006 (a constant)
+    """`table` of runs, with a column for each of `statistics`."""
+    columns = {name: [statistic(test, _once(test)).item() for test in tests] for name, statistic in statistics.items()}
     return table.assign(**columns)
 
 
@@ -106,14 +107,15 @@ def by_point(table: pd.DataFrame, tests: Sequence[HeldOut], draws: int = 1000,
     return pd.DataFrame(rows, columns=["architecture", "point", "quantity", "l0", "mean", "low", "high"])
 
 
-def breakdown_table(table: pd.DataFrame, tests: Sequence[HeldOut]) -> pd.DataFrame:
+def breakdown_table(table: pd.DataFrame) -> pd.DataFrame:
     """The breakdown of FVU by width, each seed by itself, then over seeds: columns component, d_sae, mean, low, high.
 
-    Components: absent, linear, nonlinear, and law (the fitted FVU); "offset" and "exponent" have one row each, "miss" is measured
-    over predicted FVU at the greatest width, by the fit to the others (NaN with fewer than four widths).
+    table: a row a run, with columns seed, d_sae, fvu and fvu_nonlinear (:func:`run_table`). Components: absent, linear,
+    nonlinear, and law (the fitted FVU); "offset" and "exponent" have one row each, and "miss" is measured over predicted FVU at
+    the greatest width, by the fit to the others (NaN with fewer than four widths).
     """
     parts: list[pd.DataFrame] = []
-    for seed, runs in run_table(table, tests).groupby("seed"):
+    for seed, runs in table.groupby("seed"):
         runs = runs.sort_values("d_sae")
         found = breakdown(runs.d_sae.tolist(), runs.fvu.tolist(), runs.fvu_nonlinear.tolist())
         values = {"absent": found.absent, "linear": found.linear, "nonlinear": found.nonlinear, "law": found.law.at(runs.d_sae)}
