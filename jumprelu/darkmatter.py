@@ -463,6 +463,65 @@ def scalar_r2(y: torch.Tensor, features: torch.Tensor, tokens: TokenNorms, given
     return bootstrap(r2, len(documents), draws)
 
 
+# ---- other regressors -------------------------------------------------------------------------------------------
+
+
+class Regressed(NamedTuple):
+    """Sums over each document for testing, D of them, of vectors that were predicted from something else than x."""
+
+    tokens: torch.Tensor
+    """[D]"""
+    sum: torch.Tensor
+    """Σ vector, [D, d_in]"""
+    square: torch.Tensor
+    """Σ‖vector‖², [D]"""
+    residual: torch.Tensor
+    """Σ‖vector − prediction‖², [D]"""
+
+    def r2(self, weights: torch.Tensor) -> torch.Tensor:
+        """Pooled R²; weights: [draws, D], returns [draws]."""
+        total = weights @ self.square - (weights @ self.sum).square().sum(-1) / (weights @ self.tokens)
+        return 1 - weights @ self.residual / total
+
+
+@torch.no_grad()
+def regress_errors(acts: Activations, sae: Reconstruct, linear: Linear, source: Activations, through: Reconstruct, parts: Split,
+                   ridges: Sequence[float] = RIDGES) -> dict[str, Regressed]:
+    """SaeError and its two parts, predicted from `through` of the activations at another place, such as an SAE's output there.
+
+    acts, source: stores of the same tokens in the same order; linear: of `sae` (:func:`decompose`). Fitted and tested on the
+    documents of `parts`, with a bias; a ridge each. Returns "error", "linear" and "nonlinear". Raises ValueError for stores of
+    different tokens. Source: Engels et al. 2024, the maps from earlier components.
+    """
+    def pairs(which: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, Rows]]:
+        for here, there in zip(stream(acts, parts, which), stream(source, parts, which), strict=True):
+            if not (torch.equal(here.ids, there.ids) and torch.equal(here.document, there.document)):
+                raise ValueError("the two stores hold different tokens, or their shards differ: harvest both from the same rows "
+                                 "of tokens, with the same shard_rows")
+            vectors = _Vectors.of(here.x, sae, linear)
+            yield through(there.x).double(), torch.cat([vectors.error, vectors.linear, vectors.nonlinear], -1), here
+
+    names, d_in = ("error", "linear", "nonlinear"), acts.d_in
+    moments: Moments | None = None
+    for regressors, targets, rows in pairs("fit"):
+        moments = moments or Moments(regressors.mean(0), targets.shape[1], parts.folds)
+        moments.add(regressors, targets, rows.fold)
+    group = torch.arange(len(names)).repeat_interleave(d_in)
+    fit = moments.fit(moments.best_ridge(group, ridges) if len(ridges) > 1 else ridges[0])
+    many = len(parts.fold)
+    shapes = [(), (len(names), d_in), (len(names),), (len(names),)]
+    sums = [torch.zeros(many, *shape, dtype=torch.float64) for shape in shapes]
+    for regressors, targets, rows in pairs("test"):
+        missed = (targets - fit(regressors)).unflatten(-1, (len(names), d_in))
+        targets = targets.unflatten(-1, (len(names), d_in))
+        values = (torch.ones(len(targets), dtype=torch.float64), targets, targets.square().sum(-1), missed.square().sum(-1))
+        for total, value in zip(sums, values, strict=True):
+            total.index_add_(0, rows.document, value)
+    tested = parts.fold < 0
+    tokens, total, square, residual = (one[tested] for one in sums)
+    return {name: Regressed(tokens, total[:, n], square[:, n], residual[:, n]) for n, name in enumerate(names)}
+
+
 # ---- controls ---------------------------------------------------------------------------------------------------
 
 

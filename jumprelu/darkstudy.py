@@ -10,10 +10,22 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .activations import Activations, activations_from_tensor
+from .activations import Activations, activations_from_tensor, add_shard, open_activations, start_store
 from .architectures import Trainee
 from .corpus import Tokens
-from .darkmatter import NORMS, HeldOut, TokenNorms, bootstrap, breakdown, over_seeds, scalar_r2
+from .darkmatter import (
+    NORMS,
+    HeldOut,
+    Linear,
+    TokenNorms,
+    bootstrap,
+    breakdown,
+    linear_error,
+    nonlinear_error,
+    over_seeds,
+    scalar_r2,
+)
+from .files import tensor_digest
 from .intervals import mean_interval
 from .language import token_losses
 from .lm import LM
@@ -58,6 +70,45 @@ def random_sae(acts: Activations, config: TrainConfig) -> SAE:
     with torch.no_grad():
         trainee.b_dec.copy_(rows.mean(0) / scale)
     return trainee.fold(scale)
+
+
+# ---- SAEs on parts of the error ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def error_part(acts: Activations, sae: SAE, linear: Linear, part: str, out: str | Path) -> Activations:
+    """A store of one part of an SAE's error on each row of `acts`, "linear" or "nonlinear", a shard at a time."""
+    request = {"source": acts.fingerprint, "sae": sae.fingerprint, "map": tensor_digest(linear._asdict()), "part": part,
+               "site": acts.site, "layer": acts.layer, "dtype": acts.dtype}  # fmt: skip
+    index = start_store(Path(out), request, acts.model_name, acts.d_in, len(acts.index["shards"]))
+    for number, shard in enumerate(acts.shards()):
+        x = shard.activations
+        value = linear_error(x, linear) if part == "linear" else nonlinear_error(x, sae, linear)
+        add_shard(Path(out), index, number, shard._replace(activations=value))
+    return open_activations(out)
+
+
+def purity(sae: SAE, acts: Activations, top: int = 20) -> pd.DataFrame:
+    """How much the contexts of each latent have in common: a stand-in for interpretability that needs no reader.
+
+    Of the `top` tokens on which a latent is most active, the share that have its most frequent token; latents that fire on fewer
+    are left out. Columns latent, purity, chance: the share that so many tokens drawn at random would have, on average.
+    """
+    ids, tokens, latents, values, first = [], [], [], [], 0
+    for shard in acts.shards():
+        for some, of in zip(shard.activations.split(2**13), shard.ids.split(2**13), strict=True):
+            found = sae.encode(some, sparse=True)
+            token, latent = found.indices()
+            tokens.append(token + first), latents.append(latent), values.append(found.values()), ids.append(of)
+            first += len(some)
+    ids = torch.cat(ids).numpy()
+    table = pd.DataFrame({"token": ids[torch.cat(tokens).numpy()], "latent": torch.cat(latents).numpy(),
+                          "value": torch.cat(values).numpy()})  # fmt: skip
+    best = table.sort_values("value", ascending=False, kind="stable").groupby("latent").head(top)
+    counts = best.groupby("latent").token.agg(lambda some: some.value_counts().iloc[0])[best.groupby("latent").size() == top]
+    drawn = np.random.default_rng(0).choice(ids, (1000, top))
+    chance = np.mean([np.unique(some, return_counts=True)[1].max() for some in drawn]) / top
+    return pd.DataFrame({"latent": counts.index, "purity": counts.to_numpy() / top, "chance": chance})
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------

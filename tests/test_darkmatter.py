@@ -19,6 +19,7 @@ from jumprelu.darkmatter import (
     linear_error,
     nonlinear_error,
     over_seeds,
+    regress_errors,
     scalar_r2,
     split,
     stream,
@@ -333,3 +334,25 @@ def test_controls_are_what_their_names_say(acts):
     found, _ = decompose(acts, controls, parts)
     for name in ("mean only", "shrunk by half", "2 principal components"):
         assert found[name].test.vector_r2(torch.ones(1, 16, dtype=torch.float64)) > 1 - 1e-9, name
+
+
+def test_errors_from_another_place(acts, sae, tmp_path):
+    """The source knows the nonlinear error and half of the coordinates of x, and nothing else."""
+    parts = split(acts)
+    linear = decompose(acts, {"sae": sae}, parts)[0]["sae"].linear
+    x, document = whole(acts)
+    nonlinear = nonlinear_error(x, sae, linear)
+    known = torch.cat([nonlinear * 3 + 1, x[:, :3]], -1)
+    source = activations_from_tensor(known, tmp_path / "source", document, shard_rows=333)
+    found = regress_errors(acts, sae, linear, source, lambda v: v, parts, ridges=(0.0,))
+    once = torch.ones(1, len(found["error"].tokens), dtype=torch.float64)
+    assert found["nonlinear"].r2(once).item() == pytest.approx(1, abs=1e-6)
+    fold = parts.fold[torch.searchsorted(parts.documents, document.long())]
+    weight, offset = direct(known[fold >= 0].double(), linear(x[fold >= 0]))
+    expected, test = linear(x[fold < 0]), known[fold < 0].double() @ weight + offset
+    r2 = 1 - (expected - test).square().sum() / (expected - expected.mean(0)).square().sum()
+    assert found["linear"].r2(once).item() == pytest.approx(r2.item(), rel=1e-4) and 0.1 < r2 < 0.95
+    assert regress_errors(acts, sae, linear, acts, lambda v: v, parts)["linear"].r2(once).item() == pytest.approx(1, abs=1e-6)
+    shuffled = activations_from_tensor(known, tmp_path / "other", document.flip(0), shard_rows=333)
+    with pytest.raises(ValueError, match="different tokens"):
+        regress_errors(acts, sae, linear, shuffled, lambda v: v, parts)

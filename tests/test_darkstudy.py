@@ -12,7 +12,7 @@ from models import random_ids, tiny_lm
 
 import jumprelu as jr
 from jumprelu import darkstudy
-from jumprelu.activations import activations_from_tensor
+from jumprelu.activations import activations_from_tensor, add_shard, open_activations, start_store
 from jumprelu.corpus import Tokens
 from jumprelu.darkmatter import TokenNorms, decompose, over_seeds, split
 from jumprelu.language import token_losses
@@ -34,6 +34,14 @@ def tests(acts):
     shrinks = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     found, _ = decompose(acts, {str(shrink): lambda x, shrink=shrink: shrink * (x - 1) + 1 for shrink in shrinks}, split(acts))
     return [one.test for one in found.values()]
+
+
+def with_ids(store, ids, out):
+    """The same store with these tokens; its shards are rewritten."""
+    index = start_store(out, dict(store.index["request"]), None, store.d_in, 1)
+    (shard,) = store.shards()
+    add_shard(out, index, 0, shard._replace(ids=ids))
+    return open_activations(out)
 
 
 def table(rows):
@@ -121,3 +129,31 @@ def test_means_of_tokens_come_from_the_documents_for_fitting():
     empty = torch.empty(0)
     norms = TokenNorms(empty, empty, empty, torch.arange(5), torch.tensor([0, 1, 0, -1, -1]), torch.tensor([7, 7, 2, 7, 4]))
     assert darkstudy._means_by_id(y, norms).tolist() == pytest.approx([2, 2, 10, 2, 14 / 3])
+
+
+def test_a_store_of_part_of_an_error(acts, tmp_path):
+    config = jr.TrainConfig(architecture="topk", k=2, d_sae=9, steps=1)
+    sae = darkstudy.random_sae(acts, config)
+    linear = decompose(acts, {"sae": sae}, split(acts))[0]["sae"].linear
+    parts = {part: darkstudy.error_part(acts, sae, linear, part, tmp_path / part) for part in ("linear", "nonlinear")}
+    x, one, other = (torch.cat([shard.activations for shard in store.shards()]) for store in (acts, *parts.values()))
+    assert torch.allclose(sae(x) + one + other, x, atol=1e-5)
+    assert torch.allclose(one.double(), linear(x), atol=1e-5)
+    assert [shard.document.tolist() for shard in parts["linear"].shards()] == [shard.document.tolist() for shard in acts.shards()]
+
+
+def test_purity_of_latents_that_stand_for_tokens(tmp_path):
+    """The first two latents fire on one token each, the third on all; the fourth on too few to count."""
+    ids = torch.arange(300, dtype=torch.int32) % 3
+    x = torch.eye(5)[ids.long()] + 0.01 * torch.rand(300, 5, generator=generator(3))
+    x[:4, 3] = 5.0
+    store = activations_from_tensor(x, tmp_path / "x")
+    store = with_ids(store, ids, tmp_path / "ids")
+    W_enc = torch.zeros(5, 4)
+    W_enc[0, 0] = W_enc[1, 1] = W_enc[3, 3] = 1
+    W_enc[4, 2] = 1  # noise alone
+    sae = jr.SAE(W_enc, torch.zeros(4), W_enc.T.clone(), torch.zeros(5), torch.tensor([0.5, 0.5, 0.0, 1.0]))
+    found = darkstudy.purity(sae, store, top=20).set_index("latent")
+    assert found.index.tolist() == [0, 1, 2]
+    assert found.purity[0] == found.purity[1] == 1.0 and found.purity[2] < 0.75
+    assert 0.4 < found.chance.iloc[0] < 0.6  # of 20 tokens of three kinds
