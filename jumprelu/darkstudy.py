@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,20 +18,26 @@ from .darkmatter import (
     NORMS,
     HeldOut,
     Linear,
+    Split,
     TokenNorms,
     bootstrap,
     breakdown,
+    decompose,
     linear_error,
     nonlinear_error,
     over_seeds,
     scalar_r2,
 )
+from .downstream import splice_variants
 from .files import tensor_digest
+from .frontier import log_interval
 from .intervals import mean_interval
 from .language import token_losses
 from .lm import LM
+from .pursuit import pursue
 from .recipe import TrainConfig
 from .sae import SAE
+from .study import Sweep
 
 Statistic = Callable[[HeldOut, torch.Tensor], torch.Tensor]
 
@@ -253,3 +260,53 @@ def at_one_l0(table: pd.DataFrame, name: str, quantity: str, l0: float) -> list[
     """A quantity of an architecture at one L0 in each seed, linear in log L0 between its runs; NaN where they do not reach it."""
     curves = [rows.sort_values("l0") for _, rows in table[table.architecture == name].groupby("seed")]
     return [float(np.interp(np.log(l0), np.log(rows.l0), rows[quantity], left=np.nan, right=np.nan)) for rows in curves]
+
+
+# ---- what the nonlinear error is --------------------------------------------------------------------------------
+
+
+def harm_table(lm: LM, tokens: Tokens, sae: SAE, linear: Linear, test: HeldOut, site: str, layer: int, start: int,
+               draws: int = 1000) -> pd.DataFrame:
+    """How much of the rise in cross-entropy each part of an SAE's error causes, beside its share of the squared error.
+
+    With x̂ + linear error in the place of x, the nonlinear error is what is missing, and the other way round. Columns missing
+    ("linear", "nonlinear"), quantity, mean, low, high (over documents): "harm", the rise with that part missing over the rise
+    with x̂ alone; "size", the part's share of Σ‖SaeError‖² on the documents of `test`; "harm over size", whose two were drawn
+    independently; and, under missing "both", "rise": nats per token with x̂ alone. See `downstream.splice_variants`.
+    """
+    variants = {"both": sae, "nonlinear": lambda x: sae(x) + linear_error(x, linear),
+                "linear": lambda x: sae(x) + nonlinear_error(x, sae, linear)}  # fmt: skip
+    spliced = splice_variants(lm, tokens, variants, site, layer, start)
+    many, tested = len(spliced.tokens), len(test.tokens)
+    rows = [("both", "rise", *bootstrap(lambda w: spliced.rise(w, "both"), many, draws))]
+
+    def size(weights: torch.Tensor, part: str) -> torch.Tensor:
+        nonlinear = test.fvu_nonlinear(weights) / test.fvu(weights)
+        return nonlinear if part == "nonlinear" else 1 - nonlinear
+
+    for part in ("linear", "nonlinear"):
+        harm = bootstrap(lambda w, part=part: spliced.share(w, part, "both"), many, draws)
+        share = bootstrap(lambda w, part=part: size(w, part), tested, draws)
+        reach = math.hypot((harm.high - harm.low) / harm.mean, (share.high - share.low) / share.mean) / 2
+        ratio = harm.mean / share.mean
+        rows += [(part, "harm", *harm), (part, "size", *share),
+                 (part, "harm over size", ratio, ratio * (1 - reach), ratio * (1 + reach))]  # fmt: skip
+    return pd.DataFrame(rows, columns=["missing", "quantity", "mean", "low", "high"])
+
+
+def pursuit_table(ladder: Sweep, acts: Activations, parts: Split) -> pd.DataFrame:
+    """FVU and FVU_nl with pursuit over those with the encoder, at equal L0 token by token: over seeds, for each width.
+
+    Columns d_sae, quantity ("fvu", "fvu_nonlinear"), mean, low, high.
+    """
+    ratios: dict[tuple[int, str], list[float]] = {}
+    for run in ladder.runs:
+        sae = run.sae()
+        ways = {"encoder": sae, "pursuit": lambda x, sae=sae: sae.decode(pursue(sae, x))}
+        found = decompose(acts, ways, parts)[0]
+        once = _once(found["encoder"].test)
+        for name in ("fvu", "fvu_nonlinear"):
+            after, before = (STATISTICS[name](found[way].test, once).item() for way in ("pursuit", "encoder"))
+            ratios.setdefault((run.config.d_sae, name), []).append(after / before)
+    rows = [(*key, *log_interval(values)) for key, values in ratios.items()]
+    return pd.DataFrame(rows, columns=["d_sae", "quantity", "mean", "low", "high"])
