@@ -287,10 +287,10 @@ def harm_table(lm: LM, tokens: Tokens, sae: SAE, linear: Linear, test: HeldOut, 
     for part in ("linear", "nonlinear"):
         harm = bootstrap(lambda w, part=part: spliced.share(w, part, "both"), many, draws)
         share = bootstrap(lambda w, part=part: size(w, part), tested, draws)
-        reach = math.hypot((harm.high - harm.low) / harm.mean, (share.high - share.low) / share.mean) / 2
         ratio = harm.mean / share.mean
+        reach = math.hypot(harm.half / share.mean, ratio * share.half / share.mean)  # to first order
         rows += [(part, "harm", *harm), (part, "size", *share),
-                 (part, "harm over size", ratio, ratio * (1 - reach), ratio * (1 + reach))]  # fmt: skip
+                 (part, "harm over size", ratio, ratio - reach, ratio + reach)]  # fmt: skip
     return pd.DataFrame(rows, columns=["missing", "quantity", "mean", "low", "high"])
 
 
