@@ -37,7 +37,6 @@ from .lm import LM
 from .pursuit import pursue
 from .recipe import TrainConfig
 from .sae import SAE
-from .study import Sweep
 
 Statistic = Callable[[HeldOut, torch.Tensor], torch.Tensor]
 
@@ -294,19 +293,18 @@ def harm_table(lm: LM, tokens: Tokens, sae: SAE, linear: Linear, test: HeldOut, 
     return pd.DataFrame(rows, columns=["missing", "quantity", "mean", "low", "high"])
 
 
-def pursuit_table(ladder: Sweep, acts: Activations, parts: Split) -> pd.DataFrame:
-    """FVU and FVU_nl with pursuit over those with the encoder, at equal L0 token by token: over seeds, for each width.
+def pursuit_table(saes: Sequence[SAE], acts: Activations, parts: Split) -> pd.DataFrame:
+    """FVU and FVU_nl with pursuit over those with the encoder, at equal L0 token by token: over SAEs of one width.
 
     Columns d_sae, quantity ("fvu", "fvu_nonlinear"), mean, low, high.
     """
     ratios: dict[tuple[int, str], list[float]] = {}
-    for run in ladder.runs:
-        sae = run.sae()
+    for sae in saes:
         ways = {"encoder": sae, "pursuit": lambda x, sae=sae: sae.decode(pursue(sae, x))}
         found = decompose(acts, ways, parts)[0]
         once = _once(found["encoder"].test)
         for name in ("fvu", "fvu_nonlinear"):
             after, before = (STATISTICS[name](found[way].test, once).item() for way in ("pursuit", "encoder"))
-            ratios.setdefault((run.config.d_sae, name), []).append(after / before)
+            ratios.setdefault((sae.d_sae, name), []).append(after / before)
     rows = [(*key, *log_interval(values)) for key, values in ratios.items()]
     return pd.DataFrame(rows, columns=["d_sae", "quantity", "mean", "low", "high"])

@@ -54,6 +54,7 @@ variants: dict = {  # SAEs whose errors are spliced, in the form of notebook 03'
 widths: list = [64, 256, 1024]  # of the TopK SAEs for pursuit
 error_rows: int = 240  # rows of held-out documents, one a document, on which errors are predicted
 test_share: float = 0.4  # of these documents for testing
+pursuit_rows: int = 80  # of these rows, for pursuit, which is dear
 splice_rows: int = 24  # rows on which the model's loss is measured
 splice_start: int = 100  # position from which on activations are replaced
 earlier: list = [["resid_post", 2], ["attn_out", 3], ["mlp_out", 3]]  # components whose SAEs' outputs may explain the error
@@ -136,12 +137,13 @@ jr.save_figure(plots.dark_harm(harm), "07_dark_harm", harm)
 # **What the paper claims** (from its abstract; numbers second-hand). Gradient pursuit at inference, with as many latents as the
 # encoder used, lowers the error by 3 to 5 %, and the nonlinear error only very slightly.
 #
-# **What is computed.** FVU and FVU_nl with the encoder's latents and with pursuit's, at equal L0 token by token, for a ladder
-# of widths. As ratios, over seeds.
+# **What is computed.** FVU and FVU_nl with the encoder's latents and with pursuit's, at equal L0 token by token, on fewer
+# documents, for a ladder of widths. As ratios, over seeds.
 
 # %%
 ladder = trained({str(width): [dataclasses.replace(topk, d_sae=width)] for width in widths})
-pursued = darkstudy.pursuit_table(ladder, held_out, parts)
+some = jr.remember(jr.harvest, lm, error_tokens[:pursuit_rows], site=site, layer=layer, dtype=storage)
+pursued = jr.remember(darkstudy.pursuit_table, [run.sae() for run in ladder.runs], some, darkmatter.split(some, test_share))
 jr.save_figure(plots.dark_pursuit(pursued), "07_dark_pursuit", pursued)
 
 # %% [markdown]

@@ -40,10 +40,11 @@ from .n10_speed import density, equal_tokens, inference, search_dtype, speed, st
 
 __all__ = [
     "ablations", "annealing", "bandwidth_sweep", "bandwidth_tradeoff", "best_bandwidth", "bias_and_noise",
-    "bits_per_byte", "dark_architectures", "dark_baselines", "dark_breakdown", "dark_controls", "dark_harm", "dark_norms",
-    "dark_pairs", "dark_parts", "dark_places", "dark_pursuit", "dark_sources", "dead_latents", "density", "diagnostics", "equal_tokens", "estimator_along_run",
-    "frequency_histograms", "frequent_latents", "induction", "inference", "kernel_comparison", "l0_by_token",
-    "l0_targets", "latent_bands", "lemma", "lm_training", "matched_l0", "pareto", "place_ratios", "places",
-    "real_agreement", "real_bandwidth", "remedies", "scaling", "search_dtype", "shrinkage", "sites", "speed",
-    "step_profile", "theorem", "thresholds", "toy_activations", "toy_errors", "training", "tuning",
+    "bits_per_byte", "dark_architectures", "dark_baselines", "dark_breakdown", "dark_controls", "dark_harm",
+    "dark_norms", "dark_pairs", "dark_parts", "dark_places", "dark_pursuit", "dark_sources", "dead_latents",
+    "density", "diagnostics", "equal_tokens", "estimator_along_run", "frequency_histograms", "frequent_latents",
+    "induction", "inference", "kernel_comparison", "l0_by_token", "l0_targets", "latent_bands", "lemma",
+    "lm_training", "matched_l0", "pareto", "place_ratios", "places", "real_agreement", "real_bandwidth", "remedies",
+    "scaling", "search_dtype", "shrinkage", "sites", "speed", "step_profile", "theorem", "thresholds",
+    "toy_activations", "toy_errors", "training", "tuning",
 ]  # fmt: skip
