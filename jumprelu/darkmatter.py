@@ -35,7 +35,7 @@ RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 NORMS = ("x", "sae", "error", "linear", "nonlinear")
 """Vectors whose squared norm is predicted from x: x, Sae(x), SaeError and its two parts."""
 
-ROWS = 8192
+ROWS = 2048
 """Tokens that are worked on at a time."""
 
 Reconstruct = Callable[[torch.Tensor], torch.Tensor]
