@@ -56,12 +56,10 @@ NORM_STATISTICS: dict[str, Statistic] = {name: functools.partial(HeldOut.norm_r2
 # ---- controls ---------------------------------------------------------------------------------------------------
 
 
-def shuffled(acts: Activations, out: str | Path, seed: int = 0) -> Activations:
-    """A store of the same numbers, each dimension shuffled among all tokens by itself, so that none knows of another.
-
-    Holds all activations in memory.
-    """
-    x = torch.cat([shard.activations for shard in acts.shards()])
+def shuffled(acts: Activations, out: str | Path, rows: int = 2**18, seed: int = 0) -> Activations:
+    """A store of at most `rows` of the same activations, each dimension shuffled among them by itself, so that none knows of
+    another. Holds these in memory."""
+    x = acts.rows(rows, seed)
     g = torch.Generator().manual_seed(seed)
     for column in x.unbind(1):
         column.copy_(column[torch.randperm(len(x), generator=g)])
@@ -268,10 +266,13 @@ def harm_table(lm: LM, tokens: Tokens, sae: SAE, linear: Linear, test: HeldOut, 
                draws: int = 1000) -> pd.DataFrame:
     """How much of the rise in cross-entropy each part of an SAE's error causes, beside its share of the squared error.
 
-    With x̂ + linear error in the place of x, the nonlinear error is what is missing, and the other way round. Columns missing
-    ("linear", "nonlinear"), quantity, mean, low, high (over documents): "harm", the rise with that part missing over the rise
-    with x̂ alone; "size", the part's share of Σ‖SaeError‖² on the documents of `test`; "harm over size", whose two were drawn
-    independently; and, under missing "both", "rise": nats per token with x̂ alone. See `downstream.splice_variants`.
+    With x̂ + linear error in the place of x, the nonlinear error is what is missing, and the other way round. The rise with one
+    part missing ("alone") and the fall when it is given back ("restored"), both as shares of the rise with x̂ alone, differ,
+    because cross-entropy does not add up: "harm" is their mean, and the harms of both parts add up to 1.
+
+    Columns missing ("linear", "nonlinear"), quantity, mean, low, high (over documents): harm, alone, restored; "size", the part's
+    share of Σ‖SaeError‖² on the documents of `test`; "harm over size", whose two were drawn independently; and, under missing
+    "both", "rise": nats per token with x̂ alone. See `downstream.splice_variants`.
     """
     variants = {"both": sae, "nonlinear": lambda x: sae(x) + linear_error(x, linear),
                 "linear": lambda x: sae(x) + nonlinear_error(x, sae, linear)}  # fmt: skip
@@ -283,12 +284,16 @@ def harm_table(lm: LM, tokens: Tokens, sae: SAE, linear: Linear, test: HeldOut, 
         nonlinear = test.fvu_nonlinear(weights) / test.fvu(weights)
         return nonlinear if part == "nonlinear" else 1 - nonlinear
 
-    for part in ("linear", "nonlinear"):
-        harm = bootstrap(lambda w, part=part: spliced.share(w, part, "both"), many, draws)
+    for part, other in (("linear", "nonlinear"), ("nonlinear", "linear")):
+        alone, restored, harm = (bootstrap(found, many, draws) for found in (
+            lambda w, part=part: spliced.share(w, part, "both"),
+            lambda w, other=other: 1 - spliced.share(w, other, "both"),
+            lambda w, part=part, other=other: (1 + spliced.share(w, part, "both") - spliced.share(w, other, "both")) / 2,
+        ))  # fmt: skip
         share = bootstrap(lambda w, part=part: size(w, part), tested, draws)
         ratio = harm.mean / share.mean
         reach = math.hypot(harm.half / share.mean, ratio * share.half / share.mean)  # to first order
-        rows += [(part, "harm", *harm), (part, "size", *share),
+        rows += [(part, "harm", *harm), (part, "alone", *alone), (part, "restored", *restored), (part, "size", *share),
                  (part, "harm over size", ratio, ratio - reach, ratio + reach)]  # fmt: skip
     return pd.DataFrame(rows, columns=["missing", "quantity", "mean", "low", "high"])
 

@@ -49,7 +49,7 @@ def splice_variants(lm: LM, tokens: Tokens | torch.Tensor, variants: Mapping[str
     """Cross-entropy on `tokens` with each variant in the place of the activations at (site, layer), from position `start` on.
 
     tokens: rows of ids, [n_rows, context_size]; variants: name → function of raw activations, such as an SAE, or x̂ plus a part of
-    its error. The model's own pass is computed once for all, the others from the site on.
+    its error; they compute on the CPU. The model's own pass is computed once for all, the others from the site on.
 
     Raises ValueError if no position from `start` on is left to count, or as :func:`jumprelu.hooks.splice` does.
     """
@@ -79,7 +79,7 @@ def splice_variants(lm: LM, tokens: Tokens | torch.Tensor, variants: Mapping[str
         for number, variant in enumerate(variants.values()):
 
             def replace(value: torch.Tensor, variant=variant, replaced=replaced) -> torch.Tensor:
-                return value.index_put((replaced,), variant(value[replaced].float()).to(value.dtype))
+                return value.index_put((replaced,), variant(value[replaced].float().cpu()).to(value))
 
             with splice(lm, site, layer, replace), resume_after(lm, known, blocks.get(known)):
                 spliced[number].index_add_(0, owner, losses())
