@@ -23,8 +23,8 @@ VECTOR_LOOKS = {
     "nonlinear": {"label": "nonlinear error", "color": "#bd1f01", "marker": "v"},
 }
 MISSING_LOOKS = {
-    "linear": {"label": "linear error missing", "marker": "D", "fillstyle": "none"},
-    "nonlinear": {"label": "nonlinear error missing", "marker": "v", "fillstyle": "full"},
+    "linear": {"label": "linear error", "marker": "D", "fillstyle": "none"},
+    "nonlinear": {"label": "nonlinear error", "marker": "v", "fillstyle": "full"},
 }
 PURSUIT_LOOKS = {
     "fvu": {"label": "FVU", "color": "#3f90da", "linestyle": "-", "marker": "o"},
@@ -90,8 +90,8 @@ def dark_harm(data: pd.DataFrame) -> Figure:
     harm, size, ratio = (drawn[drawn.quantity == quantity] for quantity in ("harm", "size", "harm over size"))
     axes[0].axline((0, 0), slope=1, color=GREY, linewidth=0.9, linestyle=":")
     axes[0].set_title("markers grow with L0", loc="right", fontsize=8)
-    axes[0].set(xlabel="size: share of the squared error that is missing",
-                ylabel="harm: rise in cross-entropy, share\nof that with the whole error missing",
+    axes[0].set(xlabel="size: share of the squared error",
+                ylabel="harm: share of the rise in cross-entropy,\nmean of missing alone and restored alone",
                 xlim=_limits(size, (), -0.5, 1.5), ylim=_limits(harm, (), -0.5, 2))  # fmt: skip
     axes[1].axhline(1, color=GREY, linewidth=0.9, linestyle=":")
     axes[1].set(xscale="log", xlim=(0.8 * data.l0.min(), 1.25 * data.l0.max()), xlabel="L0", ylabel="harm over size",
