@@ -65,6 +65,7 @@ benchmark: ## speed and quality beside other SAE libraries, installed into an en
 		&& cp requirements-peers.lock $(PEERS)/peers-installed-from; }
 	@# The table is only as good as the adapters.
 	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -p no:cacheprovider -k adapter tests/test_benchmark.py
+	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -p no:cacheprovider tests/test_peer_formats.py
 	@$(PEERS)/bin/python -m jumprelu.benchmark $(ARGS)
 
 lab: setup ## open the notebooks in JupyterLab

@@ -7,7 +7,7 @@
     sae, log = jr.train(acts, jr.TrainConfig(d_sae=1024, steps=1000))
 
 Reading order: estimators, losses, sparse, sae, architectures, recipe, optim, train; then hooks, harvest, activations; then
-metrics.
+metrics; hub, scope and formats for the SAEs of others.
 """
 
 from . import plots
@@ -20,7 +20,8 @@ from .harvest import harvest
 from .lm import LM, load_lm
 from .metrics import Report, evaluate
 from .recipe import TrainConfig, paper_recipe
-from .sae import SAE, load_sae
+from .sae import SAE
+from .scope import load_sae
 from .train import train, train_many
 
 __version__ = "0.1.0"
