@@ -5,7 +5,7 @@
 Every architecture of this package ends in this form: ReLU has θ = 0; Gated, whose encoders are tied, is a JumpReLU
 (the derivation is in `Trainee.fold`); BatchTopK has one threshold for all latents; TopK keeps `k` besides.
 The input scale of training is folded into the arrays and kept only as a number, so nothing has to be
-normalised to use a saved SAE. Atoms (rows of W_dec) have norm 1.
+normalised to use a saved SAE. Atoms (rows of W_dec) have norm 1 in SAEs trained here, and nearly so in released ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Origin(NamedTuple):
     input_scale: float = 1.0
     """√E‖x‖² of the training activations: θ/input_scale and f/input_scale are in the paper's units."""
     training: dict[str, Any] | None = None
-    """The TrainConfig, as a dictionary."""
+    """The TrainConfig, as a dictionary; of a released SAE, {"released_as": its path}."""
 
 
 class SAE(torch.nn.Module):
