@@ -6,10 +6,10 @@
 SaeError itself follow from x by least squares, on documents that the fit did not see?
 
 Notable here:
-- no error vector is ever stored. Least squares needs sums only, :class:`Moments`: Σxxᵀ, Σxyᵀ and their like, in float64, about a
-  shift near the mean of x, so that little cancels. Σxxᵀ is summed once for all SAEs and targets.
+- no error vector is ever stored: least squares needs sums only (:mod:`jumprelu.regression`), and Σxxᵀ once for all SAEs.
 - tokens of one document are alike, so documents are split, never tokens (:func:`split`): maps are fitted on some, all that is
-  reported is of others, and intervals come from drawing those again (:func:`bootstrap`).
+  reported is of others, and intervals come from drawing those again
+  (:func:`jumprelu.intervals.bootstrap`).
 - x is the regressor, so the residual of x − Sae(x) is that of −Sae(x): NonlinearError says how far the SAE is from linear, and
   nothing else. A dead SAE has none.
 - R² of a vector has two definitions: "pooled" divides sums over all dimensions, the authors' scripts average each one's R².
@@ -17,7 +17,7 @@ Notable here:
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -26,11 +26,8 @@ import torch
 from tqdm import tqdm
 
 from .activations import Activations
-from .intervals import Interval, mean_interval
+from .regression import RIDGES, Linear, Moments
 from .scaling import PowerLaw, fit_power_law
-
-RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-"""Ridges that cross-validation chooses from, as shares of the mean eigenvalue of the second moments of x."""
 
 NORMS = ("x", "sae", "error", "linear", "nonlinear")
 """Vectors whose squared norm is predicted from x: x, Sae(x), SaeError and its two parts."""
@@ -38,112 +35,11 @@ NORMS = ("x", "sae", "error", "linear", "nonlinear")
 ROWS = 2048
 """Tokens that are worked on at a time."""
 
+MEMORY = 2**31
+"""Bytes that sums for fitting may take: with more SAEs than fit, each pass over the store is made for some of them at a time."""
+
 Reconstruct = Callable[[torch.Tensor], torch.Tensor]
 """Raw activations [n, d_in] to reconstructions [n, d_in]: an SAE, or a control."""
-
-
-# ---- least squares from sums ------------------------------------------------------------------------------------
-
-
-class Linear(NamedTuple):
-    """y = x · weight + bias; weight: [p, m], bias: [m], float64."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [n, p], of any float type; returns [n, m], float64."""
-        return torch.addmm(self.bias, x.double(), self.weight)
-
-
-class Moments:
-    """Sums from which targets y, [n, m], are regressed on x, [n, p], in `folds` groups of rows; float64.
-
-    shift: [p], near the mean of x. What is kept: p² + p·m numbers a fold, however many rows there are.
-    """
-
-    def __init__(self, shift: torch.Tensor, m: int, folds: int = 1):
-        self.shift, self.folds = shift.double(), folds
-        p = len(shift)
-        self.n, self.x, self.xx = self._zeros(), self._zeros(p), self._zeros(p, p)
-        self.y, self.xy, self.yy = self._zeros(m), self._zeros(p, m), self._zeros(m)
-        self.complete = False
-
-    def _zeros(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(self.folds, *shape, dtype=torch.float64, device=self.shift.device)
-
-    def again(self, m: int) -> Moments:
-        """Moments of other targets on the same rows, to be given once more: Σxxᵀ is taken over, and not computed again."""
-        other = Moments(self.shift, m, self.folds)
-        other.n, other.x, other.xx, other.complete = self.n, self.x, self.xx, True
-        return other
-
-    def add(self, x: torch.Tensor, y: torch.Tensor, fold: torch.Tensor | None = None) -> None:
-        """Take in rows. fold: the group of each, [n]; default: group 0."""
-        x, y = x.double() - self.shift, y.double()
-        for number in [0] if fold is None else fold.unique().tolist():
-            mine = slice(None) if fold is None else fold == number
-            some, theirs = x[mine], y[mine]
-            if not self.complete:
-                self.n[number] += len(some)
-                self.x[number] += some.sum(0)
-                self.xx[number].addmm_(some.T, some)
-            self.y[number] += theirs.sum(0)
-            self.xy[number].addmm_(some.T, theirs)
-            self.yy[number] += theirs.square().sum(0)
-
-    def _spectrum(self, bias: bool, left_out: int | None) -> tuple[torch.Tensor, ...]:
-        """(eigenvalues, eigenvectors, Xᵀy in their basis, what is subtracted of the shifted x, and of y) of all other folds."""
-        kept = [fold for fold in range(self.folds) if fold != left_out]
-        n, x, xx, y, xy = (sums[kept].sum(0) for sums in (self.n, self.x, self.xx, self.y, self.xy))
-        if not n > 0:
-            raise ValueError("no rows to fit a linear map to: add some first, of at least two folds for cross-validation")
-        if bias:
-            centre, centre_y = x / n, y / n
-            gram, cross = xx - torch.outer(x, centre), xy - torch.outer(x, centre_y)
-        else:  # about zero, not about the shift
-            centre, centre_y = -self.shift, torch.zeros_like(y)
-            gram = xx + torch.outer(x, self.shift) + torch.outer(self.shift, x) + n * torch.outer(self.shift, self.shift)
-            cross = xy + torch.outer(self.shift, y)
-        values, vectors = torch.linalg.eigh(gram / n)
-        return values, vectors, vectors.T @ cross / n, centre, centre_y
-
-    def _solve(self, spectrum: tuple[torch.Tensor, ...], ridge: float | torch.Tensor) -> Linear:
-        values, vectors, cross, centre, centre_y = spectrum
-        varies = values > values[-1] * len(values) * torch.finfo(torch.float64).eps  # else x has nothing in that direction
-        penalised = values[:, None] + torch.as_tensor(ridge, dtype=torch.float64) * values.mean()
-        weight = vectors @ torch.where(varies[:, None], cross / penalised, 0.0)
-        return Linear(weight, centre_y - (self.shift + centre) @ weight)
-
-    def fit(self, ridge: float | torch.Tensor = 0.0, bias: bool = True) -> Linear:
-        """Least squares of all rows, with a penalty on the weights.
-
-        ridge: a number or one for each target, [m], as a share of the mean eigenvalue of x's second moments. Raises ValueError
-        if there are no rows.
-        """
-        return self._solve(self._spectrum(bias, None), ridge)
-
-    def squared_error(self, fit: Linear, fold: int) -> torch.Tensor:
-        """Σ (y − fit(x))² over the rows of a fold, for each target, [m], from the sums alone."""
-        n, x, xx, y, xy, yy = (sums[fold] for sums in (self.n, self.x, self.xx, self.y, self.xy, self.yy))
-        weight, bias = fit.weight, fit.bias + self.shift @ fit.weight  # of the shifted x
-        return yy - 2 * ((weight * xy).sum(0) + bias * y) + (weight * (xx @ weight)).sum(0) + bias * (2 * x @ weight + n * bias)
-
-    def best_ridge(self, group: torch.Tensor, ridges: Sequence[float] = RIDGES, bias: bool = True) -> torch.Tensor:
-        """The ridge of each target, [m], of least squared error on folds that are left out in turn.
-
-        group: of each target, [m], int64 from 0; targets of a group share their ridge. Raises ValueError with rows in fewer than
-        two folds.
-        """
-        used = (self.n > 0).nonzero().squeeze(-1).tolist()
-        if len(used) < 2:
-            raise ValueError(f"cross-validation needs rows in at least two folds, got {len(used)}: give `split` more folds")
-        errors = torch.zeros(len(ridges), int(group.max()) + 1, dtype=torch.float64, device=self.shift.device)
-        for fold in used:
-            spectrum = self._spectrum(bias, fold)
-            for number, ridge in enumerate(ridges):
-                errors[number].index_add_(0, group, self.squared_error(self._solve(spectrum, ridge), fold))
-        return torch.tensor(ridges, dtype=torch.float64, device=group.device)[errors.argmin(0)][group]
 
 
 # ---- documents --------------------------------------------------------------------------------------------------
@@ -155,23 +51,26 @@ class Split(NamedTuple):
     documents: torch.Tensor
     fold: torch.Tensor
     folds: int
+    start: int = 0
+    """The first position in a row of tokens that counts."""
 
 
-def split(acts: Activations, test_share: float = 0.4, folds: int = 4, seed: int = 0) -> Split:
+def split(acts: Activations, test_share: float = 0.4, folds: int = 4, seed: int = 0, start: int = 0) -> Split:
     """Deal the documents of a store at random: a share to test on, the rest into `folds` groups to fit on.
 
-    Raises ValueError unless there are two documents to test on and one for each fold.
+    start: tokens before this position of their row are left out, and documents that have no others. Raises ValueError unless
+    there are two documents to test on and one for each fold.
     """
-    documents = torch.cat([shard.document.unique() for shard in acts.shards()]).unique()
+    documents = torch.cat([shard.document[shard.position >= start].unique() for shard in acts.shards()]).unique()
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
     tested = round(test_share * len(documents))
     if tested < 2 or len(documents) - tested < folds:
-        raise ValueError(f"{len(documents)} documents, {tested} of them for testing, are too few for {folds} folds and a test: "
-                         "harvest more (rows_per_document=1 gives the most documents for the same number of tokens)")
+        raise ValueError(f"{len(documents)} documents with tokens from position {start} on, {tested} of them for testing, are "
+                         f"too few for {folds} folds and a test: harvest more, with rows_per_document=1")
     fold = torch.empty(len(documents), dtype=torch.long)
     fold[order[:tested]] = -1
     fold[order[tested:]] = torch.arange(len(documents) - tested) % folds
-    return Split(documents, fold, folds)
+    return Split(documents, fold, folds, start)
 
 
 class Rows(NamedTuple):
@@ -184,13 +83,22 @@ class Rows(NamedTuple):
 
 
 def stream(acts: Activations, parts: Split, which: str = "all") -> Iterator[Rows]:
-    """Rows of the documents for "fit", for "test", or of "all", in the order of the store; at most :data:`ROWS` at a time."""
+    """Rows of the documents for "fit", for "test", or of "all", in the order of the store; at most :data:`ROWS` at a time.
+
+    Raises ValueError if the store has a document that `parts` was not made for.
+    """
     for shard in acts.shards():
-        document = torch.searchsorted(parts.documents, shard.document.to(parts.documents.dtype))
+        counted = (shard.position >= parts.start).nonzero().squeeze(-1)
+        known = shard.document[counted].to(parts.documents.dtype)
+        document = torch.searchsorted(parts.documents, known).clamp(max=len(parts.documents) - 1)
+        if not torch.equal(parts.documents[document], known):
+            raise ValueError(f"{acts.folder} has documents that the split does not know: make it with `split` from this store, "
+                             "or from one of the same tokens")
         fold = parts.fold[document]
         wanted = {"fit": fold >= 0, "test": fold < 0, "all": torch.ones_like(fold, dtype=torch.bool)}[which].nonzero().squeeze(-1)
         for some in wanted.split(ROWS):
-            yield Rows(shard.activations[some], document[some], fold[some], shard.ids[some])
+            rows = counted[some]
+            yield Rows(shard.activations[rows], document[some], fold[some], shard.ids[rows])
 
 
 # ---- the decomposition ------------------------------------------------------------------------------------------
@@ -301,55 +209,96 @@ class _Vectors(NamedTuple):
 
 @torch.no_grad()
 def decompose(acts: Activations, saes: Mapping[str, Reconstruct], parts: Split, bias: bool = True,
-              ridges: Sequence[float] = RIDGES) -> tuple[dict[str, Decomposition], TokenNorms]:
+              ridges: Sequence[float] = RIDGES,
+              device: str | torch.device | None = None) -> tuple[dict[str, Decomposition], TokenNorms]:
     """LinearError and the predictions of norms of each SAE, fitted on some documents of a store and tested on others.
 
     saes: name → SAE, or any function of raw activations. bias: whether the maps have one (the authors' have none). ridges: to
     choose from by cross-validation among the folds of `parts`, for each vector and each norm by itself; one: taken as it is.
-    Returns what was found by name, and norms token by token.
+    device: default is a GPU where there is one; SAEs are moved there while they are needed. Returns what was found by name, and
+    norms token by token, on the CPU.
 
-    Three passes over the store. Memory: about 8·(folds + 2)·d_in²·(SAEs + 1) bytes, two numbers a token and SAE, and one shard.
+    Three passes over the store, and as many again for every :data:`MEMORY` of sums. Memory: about 8·(folds + 2)·d_in² bytes an
+    SAE, within that bound, two numbers a token and SAE, and one shard.
     Source: Engels et al. 2024, the tests of norm and vector; splits by document, cross-validation and intervals are ours.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    each = 8 * (parts.folds + 2) * acts.d_in * (acts.d_in + 3)
+    known, found, norms = Moments(acts.rows(256).double().mean(0).to(device), 0, parts.folds), {}, []
+    names = iter(saes)
+    while some := {name: saes[name] for name in itertools.islice(names, max(1, MEMORY // each))}:
+        homes = {name: next(sae.parameters()).device for name, sae in some.items() if isinstance(sae, torch.nn.Module)}
+        placed = {name: _on(device, sae) for name, sae in some.items()}
+        linear, norm, ridge, known = _fit(acts, placed, parts, bias, ridges, known)
+        tests, tokens = _test(acts, placed, linear, norm, parts, device)
+        for name in some:
+            found[name] = Decomposition(_on("cpu", linear[name]), _on("cpu", norm[name]), ridge[name], tests[name])
+            _on(homes.get(name, device), placed[name])
+        norms.append(tokens)
+    first = norms[0]
+    return found, first._replace(error=torch.cat([one.error for one in norms], 1),
+                                 nonlinear=torch.cat([one.nonlinear for one in norms], 1))  # fmt: skip
+
+
+def _on(device: str | torch.device, function: Reconstruct) -> Reconstruct:
+    """A module, moved; a linear map, copied if need be; any other function as it is."""
+    if isinstance(function, Linear):
+        return Linear(*(tensor.to(device) for tensor in function))
+    return function.to(device) if isinstance(function, torch.nn.Module) else function
+
+
+def _fit(acts: Activations, saes: Mapping[str, Reconstruct], parts: Split, bias: bool, ridges: Sequence[float],
+         known: Moments) -> tuple[dict[str, Linear], dict[str, Linear], dict[str, float], Moments]:
+    """(map to the error, maps to the norms, ridge of the first) of each SAE by name, and sums that have Σxxᵀ.
+
+    known: sums with the shift, and with Σxxᵀ unless they are empty.
     """
 
     def chosen(moments: Moments, group: torch.Tensor) -> torch.Tensor:
-        return moments.best_ridge(group, ridges, bias) if len(ridges) > 1 else torch.full((len(group),), float(ridges[0]))
+        group = group.to(known.shift.device)
+        only = torch.full_like(group, ridges[0], dtype=torch.float64)
+        return moments.best_ridge(group, ridges, bias) if len(ridges) > 1 else only
 
-    d_in, many = acts.d_in, len(saes)
-    shift = acts.rows(256).double().mean(0)
-    moments = Moments(shift, many * (d_in + 3), parts.folds)  # targets of each: its error, and the norms that need no map
+    d_in, many, device = acts.d_in, len(saes), known.shift.device
+    targets = many * (d_in + 3)  # of each: its error, and the norms that need no map
+    moments = known.again(targets) if known.n.any() else Moments(known.shift, targets, parts.folds)
     for x, _, fold, _ in tqdm(stream(acts, parts, "fit"), desc="fitting errors", unit="block", leave=False):
+        x, fold = x.to(device), fold.to(device)
         each = (_Vectors.of(x, sae) for sae in saes.values())
         moments.add(x, torch.cat([part for vectors in each for part in (vectors.error, vectors.squares())], -1), fold)
     # the vector of an SAE is one group, that is, has one ridge, and each of its norms another
-    group = torch.cat([4 * n + torch.tensor([0] * d_in + [1, 2, 3]) for n in range(many)])
-    ridge = chosen(moments, group)
+    ridge = chosen(moments, torch.cat([4 * n + torch.tensor([0] * d_in + [1, 2, 3]) for n in range(many)]))
     errors = moments.fit(ridge, bias)
     weight, offset = errors.weight.view(d_in, many, d_in + 3), errors.bias.view(many, d_in + 3)
     linear = {name: Linear(weight[:, n, :d_in].contiguous(), offset[n, :d_in]) for n, name in enumerate(saes)}
 
     moments = moments.again(2 * many)
     for x, _, fold, _ in tqdm(stream(acts, parts, "fit"), desc="fitting norms", unit="block", leave=False):
+        x, fold = x.to(device), fold.to(device)
         moments.add(x, torch.cat([_Vectors.of(x, sae, linear[name]).squares()[:, 3:] for name, sae in saes.items()], -1), fold)
     more = moments.fit(chosen(moments, torch.arange(2 * many)), bias)
     norm = {name: Linear(torch.cat([weight[:, n, d_in:], more.weight[:, 2 * n : 2 * n + 2]], -1),
                          torch.cat([offset[n, d_in:], more.bias[2 * n : 2 * n + 2]])) for n, name in enumerate(saes)}  # fmt: skip
+    return linear, norm, {name: ridge[n * (d_in + 3)].item() for n, name in enumerate(saes)}, moments.again(0)
 
-    tests = {name: _Testing(parts, d_in) for name in saes}
+
+def _test(acts: Activations, saes: Mapping[str, Reconstruct], linear: Mapping[str, Linear], norm: Mapping[str, Linear],
+          parts: Split, device: torch.device) -> tuple[dict[str, HeldOut], TokenNorms]:
+    """What :class:`HeldOut` has of each SAE, and norms of all tokens."""
+    tests = {name: _Testing(parts, acts.d_in) for name in saes}
     tokens: dict[str, list[torch.Tensor]] = {name: [] for name in TokenNorms._fields}
     for x, document, fold, ids in tqdm(stream(acts, parts), desc="testing", unit="block", leave=False):
-        norms = []
+        norms, mine = [], (fold < 0).to(device)
+        x = x.to(device)
         for name, sae in saes.items():
             vectors = _Vectors.of(x, sae, linear[name])
             squares = vectors.squares()
-            tests[name].add(vectors, squares, norm[name](x), document, fold)
-            norms.append(squares[:, [2, 4]].sqrt().float())
+            tests[name].add(vectors, squares, squares - norm[name](x), document[fold < 0], mine)
+            norms.append(squares[:, [2, 4]].sqrt().float().cpu())
         error, nonlinear = torch.stack(norms, -1).unbind(1)
-        for name, values in zip(TokenNorms._fields, (error, nonlinear, x.norm(dim=-1), document, fold, ids), strict=True):
+        for name, values in zip(TokenNorms._fields, (error, nonlinear, x.norm(dim=-1).cpu(), document, fold, ids), strict=True):
             tokens[name].append(values)
-    found = {name: Decomposition(linear[name], norm[name], ridge[n * (d_in + 3)].item(), tests[name].sums())
-             for n, name in enumerate(saes)}  # fmt: skip
-    return found, TokenNorms(*(torch.cat(values) for values in tokens.values()))
+    return {name: test.sums() for name, test in tests.items()}, TokenNorms(*(torch.cat(values) for values in tokens.values()))
 
 
 class _Testing:
@@ -361,51 +310,18 @@ class _Testing:
         shapes = [(), (d_in,), (), (d_in,), (d_in,), (d_in,), (len(NORMS),), (len(NORMS),), (len(NORMS),)]
         self.kept = [torch.zeros(many, *shape, dtype=torch.float64) for shape in shapes]
 
-    def add(self, vectors: _Vectors, squares: torch.Tensor, predicted: torch.Tensor, document: torch.Tensor,
-            fold: torch.Tensor) -> None:
-        mine = fold < 0
-        x, error, nonlinear = (v[mine] for v in (vectors.x, vectors.error, vectors.nonlinear))
-        squares, missed = squares[mine], (squares - predicted)[mine]
+    def add(self, vectors: _Vectors, squares: torch.Tensor, missed: torch.Tensor, document: torch.Tensor,
+            mine: torch.Tensor) -> None:
+        """mine: which rows are for testing; document: of these; squares: squared norms; missed: of their predictions."""
+        x, error, nonlinear = (vector[mine] for vector in (vectors.x, vectors.error, vectors.nonlinear))
+        squares, missed = squares[mine], missed[mine]
         values = (torch.ones(len(x), dtype=torch.float64), x, x.square().sum(-1), error, error.square(), nonlinear.square(),
                   squares, squares.square(), missed.square())
         for kept, value in zip(self.kept, values, strict=True):
-            kept.index_add_(0, document[mine], value)
+            kept.index_add_(0, document, value.cpu())
 
     def sums(self) -> HeldOut:
         return HeldOut(*(kept[self.tested] for kept in self.kept))
-
-
-def bootstrap(statistic: Callable[[torch.Tensor], torch.Tensor], documents: int, draws: int = 1000, level: float = 0.95,
-              seed: int = 0) -> Interval:
-    """A statistic with its percentile interval over documents drawn with replacement.
-
-    statistic: weights [draws, documents], how often each was drawn → [draws], such as :meth:`HeldOut.fvu`. The same seed draws
-    the same documents, so that differences between SAEs may be bootstrapped as one statistic.
-    """
-    drawn = torch.multinomial(torch.ones(documents), documents * draws, replacement=True,
-                              generator=torch.Generator().manual_seed(seed)).view(draws, documents)  # fmt: skip
-    ones = torch.ones(drawn.shape, dtype=torch.float64)
-    weights = torch.zeros_like(ones).scatter_add_(1, drawn, ones)
-    ends = torch.quantile(statistic(weights), torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
-    return Interval(statistic(torch.ones(1, documents, dtype=torch.float64)).item(), *ends.tolist())
-
-
-def over_seeds(tests: Sequence[HeldOut], statistic: Callable[[HeldOut, torch.Tensor], torch.Tensor],
-               draws: int = 1000) -> Interval:
-    """Mean of a statistic over SAEs that differ in their seed, with an interval (95 %) for other documents and other seeds.
-
-    statistic: (HeldOut, weights) → [draws]. The interval's half is the root of the sum of the squares of two: of the bootstrap of
-    the mean over documents, which all seeds share, and of the t-interval over seeds. One seed: documents only.
-    """
-
-    def mean(weights: torch.Tensor) -> torch.Tensor:
-        return torch.stack([statistic(test, weights) for test in tests]).mean(0)
-
-    drawn = bootstrap(mean, len(tests[0].tokens), draws)
-    seeds = mean_interval([statistic(test, torch.ones(1, len(test.tokens), dtype=torch.float64)).item() for test in tests])
-    other = seeds.half if len(tests) > 1 else 0.0
-    return Interval(drawn.mean, drawn.mean - math.hypot(drawn.mean - drawn.low, other),
-                    drawn.mean + math.hypot(drawn.high - drawn.mean, other))  # fmt: skip
 
 
 # ---- across widths ----------------------------------------------------------------------------------------------
@@ -436,31 +352,47 @@ def breakdown(widths: Sequence[int], fvu: Sequence[float], fvu_nonlinear: Sequen
     return Breakdown(values, values - law.offset, (law.offset - level) * ones, level * ones, law)
 
 
-def scalar_r2(y: torch.Tensor, features: torch.Tensor, tokens: TokenNorms, given: torch.Tensor | None = None,
-              draws: int = 1000) -> Interval:
-    """R² of a number by token, y: [n], as predicted from `features`, [n, q], by least squares with a bias.
+class Predicted(NamedTuple):
+    """Sums over each document for testing, D of them, of a number by token that was predicted; each [D], float64."""
 
-    given: [n, r], features that are known anyway: the result is then the share of what these leave unexplained that `features`
-    explain. Fitted and tested on the documents that `tokens` were; tokens with a NaN count in neither.
+    tokens: torch.Tensor
+    sum: torch.Tensor
+    """Σ of the number, or of what is left of it where something is known anyway."""
+    square: torch.Tensor
+    """Σ of its square."""
+    residual: torch.Tensor
+    """Σ (number − prediction)²."""
+    given: bool
+    """Whether something is known anyway."""
+
+    def r2(self, weights: torch.Tensor) -> torch.Tensor:
+        """R², or the share of what was left that is explained besides; weights: [draws, D], returns [draws]."""
+        total = weights @ self.square
+        if not self.given:
+            total = total - (weights @ self.sum).square() / (weights @ self.tokens)
+        return 1 - weights @ self.residual / total
+
+
+def predict_scalar(y: torch.Tensor, features: torch.Tensor, tokens: TokenNorms, given: torch.Tensor | None = None) -> Predicted:
+    """A number by token, y: [n], predicted from `features`, [n, q], by least squares with a bias.
+
+    given: [n, r], features that are known anyway: R² is then the share of what these leave unexplained that `features` explain.
+    Fitted and tested on the documents that `tokens` were; tokens with a NaN count in neither.
     """
     ones = torch.ones(len(y), 1, dtype=torch.float64)
     before = ones if given is None else torch.cat([ones, given.double()], -1)
     after = torch.cat([before, features.double()], -1)
     known = y.isfinite() & after.isfinite().all(-1)
     fitting, testing = known & (tokens.fold >= 0), known & (tokens.fold < 0)
-    documents, document = tokens.document[testing].unique(return_inverse=True)
+    documents = tokens.document[tokens.fold < 0].unique()
+    document = torch.searchsorted(documents, tokens.document[testing])
     sums = []
     for regressors in (before, after):
         solution = torch.linalg.lstsq(regressors[fitting], y[fitting, None].double(), driver="gelsd").solution
         missed = y[testing].double() - (regressors[testing] @ solution).squeeze(-1)
         by_document = torch.zeros(3, len(documents), dtype=torch.float64)
         sums.append(by_document.index_add_(1, document, torch.stack([torch.ones_like(missed), missed, missed.square()])))
-
-    def r2(weights: torch.Tensor) -> torch.Tensor:
-        (n, total, square), (_, _, left) = ((weights @ part.T).unbind(-1) for part in sums)
-        return 1 - left / (square if given is not None else square - total.square() / n)
-
-    return bootstrap(r2, len(documents), draws)
+    return Predicted(sums[0][0], sums[0][1], sums[0][2], sums[1][2], given is not None)
 
 
 # ---- other regressors -------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ Replace = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Spliced(NamedTuple):
-    """Sums over each document, float64. Statistics take weights, [draws, D], and return [draws] (`darkmatter.bootstrap`)."""
+    """Sums over each document, float64. Statistics take weights, [draws, D], and return [draws] (`intervals.bootstrap`)."""
 
     names: list[str]
     tokens: torch.Tensor
@@ -33,6 +33,8 @@ class Spliced(NamedTuple):
     """Cross-entropy of the model itself, nats, [D]."""
     spliced: torch.Tensor
     """Cross-entropy with each variant, nats, [variants, D]."""
+    missing: torch.Tensor
+    """Σ‖x − variant(x)‖² where x was replaced, [variants, D]."""
 
     def rise(self, weights: torch.Tensor, name: str) -> torch.Tensor:
         """Cross-entropy with a variant minus the model's own; nats per token."""
@@ -41,6 +43,11 @@ class Spliced(NamedTuple):
     def share(self, weights: torch.Tensor, name: str, of: str) -> torch.Tensor:
         """Rise with a variant over that with another."""
         return self.rise(weights, name) / self.rise(weights, of)
+
+    def size(self, weights: torch.Tensor, name: str, of: str) -> torch.Tensor:
+        """Squared error of a variant over that of another."""
+        one, other = (weights @ self.missing[self.names.index(variant)] for variant in (name, of))
+        return one / other
 
 
 @torch.no_grad()
@@ -60,7 +67,7 @@ def splice_variants(lm: LM, tokens: Tokens | torch.Tensor, variants: Mapping[str
     documents, document = tokens.document.unique(return_inverse=True)
     known = layer if site == "resid_post" else layer - 1  # the last block that splicing cannot change, or is about to replace
     count, own = (torch.zeros(len(documents), dtype=torch.float64, device=lm.device) for _ in range(2))
-    spliced = torch.zeros(len(variants), len(documents), dtype=torch.float64, device=lm.device)
+    spliced, missing = (torch.zeros(len(variants), len(documents), dtype=torch.float64, device=lm.device) for _ in range(2))
     for first in tqdm(range(0, len(tokens), batch_rows), desc="splicing", unit="batch", mininterval=1):
         ids = tokens.ids[first : first + batch_rows].to(lm.device)
         replaced = ~torch.isin(ids, special)
@@ -78,8 +85,11 @@ def splice_variants(lm: LM, tokens: Tokens | torch.Tensor, variants: Mapping[str
         count.index_add_(0, owner, torch.ones_like(owner, dtype=torch.float64))
         for number, variant in enumerate(variants.values()):
 
-            def replace(value: torch.Tensor, variant=variant, replaced=replaced) -> torch.Tensor:
-                return value.index_put((replaced,), variant(value[replaced].float().cpu()).to(value))
+            def replace(value: torch.Tensor, variant=variant, replaced=replaced, number=number, rows=rows) -> torch.Tensor:
+                x = value[replaced].float().cpu()
+                new = variant(x)
+                missing[number].index_add_(0, rows[replaced], (x - new).double().square().sum(-1).to(lm.device))
+                return value.index_put((replaced,), new.to(value))
 
             with splice(lm, site, layer, replace), resume_after(lm, known, blocks.get(known)):
                 spliced[number].index_add_(0, owner, losses())
@@ -87,4 +97,4 @@ def splice_variants(lm: LM, tokens: Tokens | torch.Tensor, variants: Mapping[str
         raise ValueError(f"no position from {start} on has a next token to predict: rows have {tokens.ids.shape[1]} positions; "
                          "give longer rows or a smaller start")
     used = count > 0
-    return Spliced(list(variants), *(sums[..., used].cpu() for sums in (count, own, spliced)))
+    return Spliced(list(variants), *(sums[..., used].cpu() for sums in (count, own, spliced, missing)))

@@ -109,6 +109,43 @@ def share_interval(count: int, n: int) -> Interval:
     return Interval(found.statistic, float(low), float(high))
 
 
+def bootstrap(statistic: Callable[[torch.Tensor], torch.Tensor], documents: int, draws: int = 1000, level: float = 0.95,
+              seed: int = 0) -> Interval:
+    """A statistic with its percentile interval over documents drawn with replacement.
+
+    statistic: weights [draws, documents], how often each was drawn → [draws, ...], such as those of `darkmatter.HeldOut`;
+    [draws] gives floats, more dimensions arrays. The same seed draws the same documents, so that differences between SAEs may be
+    bootstrapped as one statistic. Draws for which it is NaN are left out; where it is NaN for all documents, so are the ends.
+    """
+    drawn = torch.multinomial(torch.ones(documents), documents * draws, replacement=True,
+                              generator=torch.Generator().manual_seed(seed)).view(draws, documents)  # fmt: skip
+    weights = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
+    whole = statistic(torch.ones(1, documents, dtype=torch.float64))[0]
+    ends = torch.nanquantile(statistic(weights), torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), 0)
+    ends = torch.where(whole.isnan(), math.nan, ends)
+    found = Interval(*(value.numpy() for value in (whole, *ends)))
+    return Interval(*map(float, found)) if whole.ndim == 0 else found
+
+
+def over_seeds(statistics: Sequence[Callable[[torch.Tensor], torch.Tensor]], documents: int, draws: int = 1000) -> Interval:
+    """Mean of a statistic over SAEs that differ in their seed, with an interval (95 %) for other documents and other seeds.
+
+    statistics: of each seed, a function as :func:`bootstrap` takes; all of the same documents. Half of the interval is the root
+    of the sum of the squares of two: of the bootstrap of the mean over documents, and of the t-interval over seeds. With one
+    seed it is for documents only.
+    """
+
+    def mean(weights: torch.Tensor) -> torch.Tensor:
+        return torch.stack([statistic(weights) for statistic in statistics]).mean(0)
+
+    drawn, once = bootstrap(mean, documents, draws), torch.ones(1, documents, dtype=torch.float64)
+    seeds = mean_interval(np.stack([statistic(once)[0].numpy() for statistic in statistics])) if len(statistics) > 1 else None
+    other = seeds.half if seeds else 0.0
+    found = Interval(drawn.mean, drawn.mean - np.hypot(drawn.mean - drawn.low, other),
+                     drawn.mean + np.hypot(drawn.high - drawn.mean, other))  # fmt: skip
+    return Interval(*map(float, found)) if np.ndim(drawn.mean) == 0 else found
+
+
 def summarise(samples: pd.DataFrame, by: list[str], value: str = "value") -> pd.DataFrame:
     """Mean and 95 % interval of column `value` over the repeats in each group: columns `by`, mean, low, high."""
     groups = samples.groupby(by, sort=False)[value]

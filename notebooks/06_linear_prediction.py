@@ -23,14 +23,13 @@
 import dataclasses
 import math
 
-import numpy as np
 import pandas as pd
 import torch
 
 import jumprelu as jr
 from jumprelu import darkmatter, darkstudy, plots, study
 from jumprelu.claims import claim, ledger
-from jumprelu.intervals import Interval, mean_interval
+from jumprelu.intervals import Interval, bootstrap, over_seeds
 
 # %% tags=["parameters"]
 model: str = ""  # empty: the embedded model; otherwise a hub id or a folder
@@ -56,15 +55,18 @@ variants: dict = {  # notebook 03's, JumpReLU first, at learning rates at which 
 }  # fmt: skip
 widths: list = [256, 512, 1024, 2048, 4096]  # of the ladder, TopK SAEs
 ladder_k: int = 32  # their L0, and about that at which architectures are compared
-places: list = [["resid_post", 1], ["resid_post", 5], ["mlp_out", 3], ["attn_out", 3]]  # further sites and layers, TopK SAEs
+places: list = [["resid_post", 0], ["resid_post", 1], ["resid_post", 2], ["resid_post", 3], ["resid_post", 4], ["resid_post", 5],
+                ["mlp_out", 3], ["attn_out", 3]]  # sites and layers of smaller TopK SAEs
 place_points: list = [1, 2]  # of the TopK variant
 place_d_sae: int = 256
 place_steps: int = 120
 place_seeds: int = 1
 error_rows: int = 240  # rows of held-out documents, one a document, on which errors are predicted
 test_share: float = 0.4  # of these documents for testing
+start: int = 0  # the first position in a row whose error counts; the authors' is 200
 components: list = [32]  # principal components of the control
 draws: int = 1000  # of the bootstrap over documents
+law_draws: int = 60  # of the same for the law over widths, which is fitted again for each
 workers: int = 0  # processes that train, each with one thread; 0: one a core
 threads: int = 2
 
@@ -76,7 +78,7 @@ test_tokens = jr.tokenize(jr.load_texts(dataset, "test"), lm.tokenizer, context_
 error_tokens = jr.tokenize(jr.load_texts(dataset, "test"), lm.tokenizer, context_size, error_rows, rows_per_document=1)
 acts = jr.remember(jr.harvest, lm, train_tokens, site=site, layer=layer, dtype=storage)
 held_out = jr.remember(jr.harvest, lm, error_tokens, site=site, layer=layer, dtype=storage)
-parts = darkmatter.split(held_out, test_share)
+parts = darkmatter.split(held_out, test_share, start=start)
 base = jr.TrainConfig(d_sae=d_sae, steps=steps, batch_size=batch_size, dead_after=dead_after)
 fitted = int(sum(len(rows.x) for rows in darkmatter.stream(held_out, parts, "fit")))
 print(f"{fitted} tokens of {int((parts.fold >= 0).sum())} documents to fit on, {fitted / held_out.d_in:.0f} for each dimension")
@@ -131,6 +133,12 @@ points = darkstudy.by_point(main.table, main_tests, draws)
 jr.save_figure(plots.dark_architectures(points), "06_dark_architectures", points)
 
 # %% [markdown]
+# Architectures differ in FVU at equal L0, and an SAE that explains less might leave more that is linear. Against FVU instead:
+
+# %%
+jr.save_figure(plots.dark_matched(points), "06_dark_matched", points)
+
+# %% [markdown]
 # The same under the authors' definitions, for the first seed's SAE nearest to `ladder_k`: R² as the mean over dimensions of each
 # one's, and with maps that have no bias.
 
@@ -152,8 +160,6 @@ pd.DataFrame({"L0": first.l0[nearest].to_numpy()} | {
 # squares. Least predictable should be that of the nonlinear error.
 
 # %%
-run_table, norm_runs = (darkstudy.run_table(main.table, main_tests, statistics)
-                        for statistics in (darkstudy.STATISTICS, darkstudy.NORM_STATISTICS))  # fmt: skip
 five = darkstudy.by_point(main.table, main_tests, draws, darkstudy.NORM_STATISTICS)
 jr.save_figure(plots.dark_norms(five), "06_dark_norms", five)
 
@@ -165,8 +171,8 @@ jr.save_figure(plots.dark_norms(five), "06_dark_norms", five)
 # to be learned, c − FVU_nl is linear error, FVU_nl nonlinear.
 #
 # **What is computed.** A ladder of TopK SAEs of one k, so that L0 is the same by construction, for the same number of steps. The
-# offset c of a power law is poorly known from a few widths: it is fitted from many starts, in each seed by itself, and
-# predicted for the widest from the others.
+# offset c of a power law is poorly known from a few widths: it is fitted from many starts, in each seed by itself and again for
+# each draw of documents, and predicted for the widest from the others.
 
 # %%
 ladder = {f"{width}": [dataclasses.replace(topk, d_sae=width)] for width in widths}
@@ -175,8 +181,7 @@ saes = {f"{run.config.d_sae} {number}": run.sae() for number, run in enumerate(r
 found, ladder_norms = jr.remember(darkmatter.decompose, held_out, saes, parts)
 rung_tests = [one.test for one in found.values()]
 by_width = darkstudy.by_point(rungs.table.assign(architecture=rungs.table.d_sae), rung_tests, draws)
-rung_table = darkstudy.run_table(rungs.table, rung_tests)
-broken = darkstudy.breakdown_table(rung_table)
+broken = darkstudy.breakdown_table(rungs.table, rung_tests, law_draws)
 shown = pd.concat([by_width.assign(kind="measured"), broken.assign(kind="breakdown")], ignore_index=True)
 jr.save_figure(plots.dark_breakdown(shown), "06_dark_breakdown", shown)
 
@@ -207,22 +212,30 @@ jr.save_figure(plots.dark_pairs(pairs), "06_dark_pairs", pairs)
 
 # %%
 widest = rungs.runs[int(rungs.table[rungs.table.seed == 0].d_sae.idxmax())]
-features = darkstudy.token_features(held_out, widest.sae(), lm, error_tokens)
+features = darkstudy.token_features(held_out, widest.sae(), lm, error_tokens, parts)
 column = [run.folder for run in rungs.runs].index(widest.folder)
 simple = darkstudy.baseline_table(features, ladder_norms, column, rung_tests[column], draws)
 jr.save_figure(plots.dark_baselines(simple), "06_dark_baselines", simple)
+
+# %% [markdown]
+# **What the paper asks.** Is the direction of x that predicts the norm of the error one of large latents? For each latent: how
+# much one unit of it changes the predicted ‖error‖², against how large it is where it is active.
+
+# %%
+directions = darkstudy.direction_table(widest.sae(), held_out, parts, found[list(found)[column]].norm)
+jr.save_figure(plots.dark_directions(directions), "06_dark_directions", directions)
 
 # %% [markdown]
 # ## Other sites and layers
 #
 # **What the paper claims** (second-hand). The norm is predictable with R² of 0.7 to 0.95 in middle layers of several models.
 #
-# **What is computed.** Smaller TopK SAEs of notebook 03's further places, at two sparsities.
+# **What is computed.** Smaller TopK SAEs, at two sparsities, in the residual stream after each layer and at the other sites.
 
 # %%
 small = {"TopK": [dataclasses.replace(grid["TopK"][point], d_sae=place_d_sae, steps=place_steps) for point in place_points]}
 elsewhere = []
-for s, n in [[site, layer], *places]:
+for s, n in places:
     train_store = jr.remember(jr.harvest, lm, train_tokens, site=s, layer=n, dtype=storage)
     store = jr.remember(jr.harvest, lm, error_tokens, site=s, layer=n, dtype=storage)
     runs = study.sweep_variants(train_store, small, range(place_seeds), lm, test_tokens, workers or None)
@@ -236,15 +249,19 @@ jr.save_figure(plots.dark_places(by_place), "06_dark_places", by_place)
 # ## What holds here
 
 # %% tags=["nbval-ignore-output"]
+documents, everything = len(main_tests[0].tokens), float("inf")
+few = "one seed: over documents only" if seeds == 1 else ""
+narrowest, greatest = min(widths), max(widths)
+held = {name: one.test for name, one in controls_found.items()}
+whole, token = (Interval(*simple[simple.predictor == name][["mean", "low", "high"]].iloc[0])
+                for name in ("x, all dimensions", "mean of the token"))  # fmt: skip
+main_runs = darkstudy.run_table(main.table, main_tests)
+
+
 def matched(name: str, quantity: str):
-    """A statistic of one architecture near L0 = ladder_k, over documents and seeds."""
+    """A statistic of one architecture at its setting nearest L0 = ladder_k, over documents and seeds."""
     rows = points[(points.architecture == name) & (points.quantity == quantity)]
     return Interval(*rows.iloc[(rows.l0 / ladder_k).map(math.log).abs().argmin()][["mean", "low", "high"]])
-
-
-def of_rung(quantity: str, width: int):
-    rows = by_width[(by_width.architecture == width) & (by_width.quantity == quantity)]
-    return Interval(*rows[["mean", "low", "high"]].iloc[0])
 
 
 def pair(quantity: str, narrow: int, wide: int):
@@ -253,35 +270,28 @@ def pair(quantity: str, narrow: int, wide: int):
 
 
 def norm_gap(name: str):
-    """R² of the norm of the nonlinear error minus the least of the other norms', at L0 = ladder_k, over seeds."""
-    others = [darkstudy.at_one_l0(norm_runs, name, vector, ladder_k) for vector in darkmatter.NORMS if vector != "nonlinear"]
-    return mean_interval(np.subtract(darkstudy.at_one_l0(norm_runs, name, "nonlinear", ladder_k), np.min(others, axis=0)))
+    """R² of the norm of the nonlinear error minus the least of the other norms', at L0 = ladder_k."""
+    of = {vector: darkstudy.at(main.table, main_tests, name, statistic, ladder_k)
+          for vector, statistic in darkstudy.NORM_STATISTICS.items()}  # fmt: skip
+    nonlinear = of.pop("nonlinear")
+    gaps = [lambda w, n=n: nonlinear[n](w) - torch.stack([each[n](w) for each in of.values()]).amin(0) for n in range(seeds)]
+    return over_seeds(gaps, documents, draws)
 
 
-def apart(other: str):
-    """Linear share of JumpReLU's error minus that of another's at L0 = ladder_k, over seeds."""
-    mine, theirs = (darkstudy.at_one_l0(run_table, name, "vector_r2", ladder_k) for name in ("JumpReLU", other))
-    return mean_interval(np.subtract(mine, theirs))
+def apart(other: str, by: str, value: float):
+    """Linear share of JumpReLU's error minus that of another's, where `by` has one value."""
+    mine, theirs = (darkstudy.at(main_runs, main_tests, name, darkmatter.HeldOut.vector_r2, value, by)
+                    for name in ("JumpReLU", other))  # fmt: skip
+    gaps = [lambda w, one=one, two=two: one(w) - two(w) for one, two in zip(mine, theirs, strict=True)]
+    return over_seeds(gaps, documents, draws)
 
 
-def by_seed(values: pd.Series):
-    return mean_interval(values.to_numpy())
-
-
-runs = rung_table.set_index(["d_sae", "seed"])
-narrowest, greatest = min(widths), max(widths)
-
-
-def levels(start: int):
-    """FVU_nl at the greatest width over that at another, over seeds."""
-    return by_seed(runs.fvu_nonlinear.xs(greatest) / runs.fvu_nonlinear.xs(start))
-
-
-fall = by_seed(runs.fvu.xs(greatest) / runs.fvu.xs(narrowest))
-everything, few = float("inf"), "needs two seeds"
-held = {name: one.test for name, one in controls_found.items()}
-whole, token = (Interval(*simple[simple.predictor == name][["mean", "low", "high"]].iloc[0])
-                for name in ("x, all dimensions", "mean of the token"))  # fmt: skip
+def levels(quantity: str, start: int):
+    """A statistic at the greatest width over that at another."""
+    place = {(row.d_sae, row.seed): rung_tests[n] for n, row in enumerate(rungs.table.itertuples())}
+    ratio = [lambda w, seed=seed: darkstudy.STATISTICS[quantity](place[greatest, seed], w)
+             / darkstudy.STATISTICS[quantity](place[start, seed], w) for seed in range(seeds)]  # fmt: skip
+    return over_seeds(ratio, documents, draws)
 
 
 def whose(name: str) -> str:
@@ -295,48 +305,56 @@ def near(name: str) -> str:
     return f"{name} at L0 = {rows.l0.iloc[(rows.l0 / ladder_k).map(math.log).abs().argmin()]:.0f}"
 
 
+fall = levels("fvu", narrowest)
+shared_fvu = {other: darkstudy.shared_value(main_runs, ["JumpReLU", other], "fvu") for other in list(variants)[1:]}
 claims = [
     *(claim(f"D1{letter}", whose(name), f"About half of the error vector is linearly predictable ({name}).",
             f"pooled R² of the error from x, {near(name)}; about half: 0.4 to 0.6", matched(name, "vector_r2"), (0.4, 0.6),
-            "06_dark_architectures", missing=few) for letter, name in zip("abcde", variants, strict=False)),
+            "06_dark_architectures", few) for letter, name in zip("abcde", variants, strict=False)),
     *(claim(f"D2{letter}", whose(name), f"Over 90 % of the variance of the error's norm is linearly predictable ({name}).",
-            f"R² of ‖error‖² from x, {near(name)}", matched(name, "norm_r2"), (0.9, 1), "06_dark_architectures", missing=few)
+            f"R² of ‖error‖² from x, {near(name)}", matched(name, "norm_r2"), (0.9, 1), "06_dark_architectures", few)
       for letter, name in zip("abcde", variants, strict=False)),
     claim("D11", "ours", "The error of a trained SAE is less linear than that of a dictionary of random directions.",
           f"pooled R² of the error from x at k = {ladder_k}, trained − random, over documents",
-          darkmatter.bootstrap(lambda w: held["trained"].vector_r2(w) - held["random dictionary"].vector_r2(w),
+          bootstrap(lambda w: held["trained"].vector_r2(w) - held["random dictionary"].vector_r2(w),
                                len(held["trained"].tokens), draws), (-everything, 0), "06_dark_controls"),
     claim("D12", "Dark matter", "Simpler predictors of the norm are far behind x (from memory): the mean for the token.",
           f"R² of ‖error‖² from x minus that from the token's mean, TopK at width {greatest}; ends of two intervals, apart",
           Interval(whole.mean - token.mean, whole.low - token.high, whole.high - token.low), (0, everything),
           "06_dark_baselines"),
     *(claim(f"D3{letter}", "Dark matter", "At a fixed L0 the nonlinear error hardly depends on the width (second-hand).",
-            f"FVU_nl at width {greatest} over that at {start}; hardly: up to a tenth", levels(start), (0.9, 1 / 0.9),
-            "06_dark_breakdown", missing=few) for letter, start in (("a", narrowest), ("b", sorted(widths)[len(widths) // 2]))),
+            f"FVU_nl at width {greatest} over that at {other}; hardly: up to a tenth", levels("fvu_nonlinear", other),
+            (0.9, 1 / 0.9), "06_dark_breakdown", few)
+      for letter, other in (("a", narrowest), ("b", sorted(widths)[len(widths) // 2]))),
     claim("D4", "Dark matter", "SAEs of all widths struggle with the same tokens.",
           f"R² of ‖error‖ at width {greatest} from that at {narrowest}, token by token; over 0.5 counts",
-          pair("error", narrowest, greatest), (0.5, 1), "06_dark_pairs", missing=few),
+          pair("error", narrowest, greatest), (0.5, 1), "06_dark_pairs", few),
     *(claim(f"D5{letter}", whose(name), f"Of the norms, that of the nonlinear error is predicted worst ({name}; second-hand).",
             f"R² of ‖nonlinear error‖² minus the least of the others', at L0 = {ladder_k}", norm_gap(name), (-everything, 0),
-            "06_dark_norms", missing=few) for letter, name in zip("abcde", variants, strict=False)),
+            "06_dark_norms", few) for letter, name in zip("abcde", variants, strict=False)),
     *(claim(f"D10{letter}", "ours", f"At equal L0 the errors of JumpReLU and {other} are equally linear (within 0.05).",
-            f"pooled R² of the error from x at L0 = {ladder_k}, JumpReLU − {other}", apart(other), (-0.05, 0.05),
-            "06_dark_architectures", missing=few) for letter, other in zip("abcd", list(variants)[1:], strict=False)),
+            f"pooled R² of the error from x at L0 = {ladder_k}, JumpReLU − {other}", apart(other, "l0", ladder_k), (-0.05, 0.05),
+            "06_dark_architectures", few) for letter, other in zip("abcd", list(variants)[1:], strict=False)),
+    *(claim(f"D10{letter}", "ours", f"At equal FVU the errors of JumpReLU and {other} are equally linear (within 0.05).",
+            f"pooled R² of the error from x at FVU = {shared_fvu[other]:.2f}, JumpReLU − {other}",
+            apart(other, "fvu", shared_fvu[other]), (-0.05, 0.05), "06_dark_matched", few, "no FVU that both reach in every seed")
+      for letter, other in zip("efgh", list(variants)[1:], strict=False)),
 ]  # fmt: skip
 ledger("06", claims)[["id", "claim", "value", "low", "high", "verdict"]]
 
 # %% [markdown]
 # **What differs from the paper, and why.** These SAEs saw few tokens and Gemma Scope's billions; their model is small; all
-# positions after BOS count, where the authors begin at 200. About half of the vector is no mark of a trained SAE: a random
-# dictionary of the same k comes out not far from it (D11 and the figure of the controls), with a larger FVU_nl, and what is
-# linear only, a dead SAE or principal components, has no nonlinear error at all. The linear share falls as L0 rises and is the
-# same for JumpReLU, TopK and BatchTopK at equal L0; errors of the L1 architectures are far more linear (D10), as shrinkage is,
-# though that reason was not tested. Of the norm less is predictable than reported, and the mean for the token predicts it at
-# least as well as all of x does (D12): which tokens are hard is in large part a matter of which tokens they are.
+# positions after BOS count, where the authors begin at 200 (parameter `start`). About half of the vector is no mark of a trained
+# SAE: a random dictionary of the same k comes out not far from it (D11 and the figure of the controls), with a larger FVU_nl, and
+# what is linear only, a dead SAE or principal components, has no nonlinear error at all. The linear share falls as L0 rises and is
+# the same for JumpReLU, TopK and BatchTopK, at equal L0 and at equal FVU; errors of the L1 architectures are far more linear in
+# both comparisons (D10), as shrinkage is, though that reason was not tested. Of the norm less is predictable than reported at this
+# layer; it falls with depth, and after the first layer it is near what is reported. The mean for the token predicts it at least as
+# well as all of x does (D12): which tokens are hard is in large part a matter of which tokens they are. The direction of x that
+# predicts it is not that of large latents: latents of all sizes lie on both sides of zero.
 #
-# Intervals of D3, D4, D5 and D10 are over seeds and those of D11 and D12 over documents; all are for one split of the
-# documents. Not done here: comparison at equal FVU, depth in every layer, and features beside the direction that predicts the
-# norm.
+# Intervals are over documents and seeds, those of D11 and D12 over documents; all are for one split of the documents. SAEs of a
+# release, in the files of Gemma Scope, are decomposed in notebook 08.
 #
 # ## Facts
 

@@ -1,30 +1,26 @@
-"""Least squares from sums against least squares on everything, and decompositions against what they must be."""
+"""Decompositions against errors in memory and against what they must be."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from jumprelu.activations import activations_from_tensor
+from jumprelu import darkmatter
+from jumprelu.activations import activations_from_tensor, add_shard, open_activations, start_store
 from jumprelu.darkmatter import (
     NORMS,
-    RIDGES,
-    HeldOut,
-    Moments,
     TokenNorms,
-    bootstrap,
     breakdown,
     decompose,
     linear_controls,
     linear_error,
     nonlinear_error,
-    over_seeds,
+    predict_scalar,
     regress_errors,
-    scalar_r2,
     split,
     stream,
 )
-from jumprelu.intervals import mean_interval, ratio_estimate
+from jumprelu.intervals import bootstrap
 from jumprelu.sae import SAE
 
 D_IN, DOCUMENTS, OF_EACH = 6, 40, 50
@@ -34,118 +30,11 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def regressors(n=600, p=5, seed=0):
-    """Activations in small: far from zero, of different scales, correlated."""
-    g = generator(seed)
-    mixed = torch.randn(n, p, generator=g, dtype=torch.float64) @ torch.randn(p, p, generator=g, dtype=torch.float64)
-    return mixed * torch.logspace(-1, 1, p, dtype=torch.float64) + torch.linspace(-50, 300, p, dtype=torch.float64)
-
-
-def targets(x, m=4, seed=1):
-    g = generator(seed)
-    return x @ torch.randn(x.shape[1], m, generator=g, dtype=torch.float64) + torch.randn(len(x), m, generator=g) + 7
-
-
-def moments(x, y, folds=3, shift=None):
-    """Given in uneven pieces, rows of the folds mixed."""
-    found = Moments(x[:5].mean(0) if shift is None else shift, y.shape[1], folds)
-    fold = torch.arange(len(x)) % folds
-    for some in torch.arange(len(x)).split(97):
-        found.add(x[some], y[some], fold[some])
-    return found, fold
-
-
 def direct(x, y, bias=True):
     """Least squares on all rows at once, by a QR decomposition."""
     ones = torch.ones(len(x), 1, dtype=torch.float64)
     solution = torch.linalg.lstsq(torch.cat([x, ones], 1) if bias else x, y, driver="gelsd").solution
     return (solution[:-1], solution[-1]) if bias else (solution, torch.zeros(y.shape[1], dtype=torch.float64))
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_sums_give_the_least_squares_of_all_rows(bias):
-    x = regressors()
-    y = targets(x)
-    weight, offset = direct(x, y, bias)
-    fit = moments(x, y)[0].fit(bias=bias)
-    assert torch.allclose(fit.weight, weight, rtol=1e-8, atol=0)
-    assert torch.allclose(fit.bias, offset, rtol=1e-8, atol=1e-9)
-    assert torch.allclose(fit(x.float()), x.float().double() @ weight + offset, rtol=1e-8)
-
-
-def test_squared_errors_come_from_sums_alone():
-    x = regressors()
-    y = targets(x)
-    sums, fold = moments(x, y)
-    fit = sums.fit(0.01)
-    for number in range(3):
-        expected = (y - fit(x))[fold == number].square().sum(0)
-        assert torch.allclose(sums.squared_error(fit, number), expected, rtol=1e-7)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_ridge_is_the_closed_form(bias):
-    x = regressors()
-    y = targets(x)
-    ridge = torch.tensor([0.0, 1e-3, 0.1, 2.0])
-    fit = moments(x, y)[0].fit(ridge, bias)
-    about, height = (x - x.mean(0), y - y.mean(0)) if bias else (x, y)
-    gram = about.T @ about / len(x)
-    for column, share in enumerate(ridge.tolist()):
-        penalised = gram + share * gram.trace() / len(gram) * torch.eye(len(gram), dtype=torch.float64)
-        expected = torch.linalg.solve(penalised, about.T @ height[:, column] / len(x))
-        assert torch.allclose(fit.weight[:, column], expected, rtol=1e-6)
-    assert torch.allclose(fit(x).mean(0), y.mean(0), rtol=1e-9) == bias
-
-
-def test_best_ridge_is_that_of_cross_validation_by_hand():
-    x = regressors(60, 20)
-    y = torch.cat([x[:, :2] @ torch.ones(2, 2, dtype=torch.float64), torch.randn(60, 3, generator=generator(4)).double()], 1)
-    sums, fold = moments(x, y, folds=4)
-    group = torch.tensor([0, 0, 1, 1, 2])
-    expected = []
-    for columns in ([0, 1], [2, 3], [4]):
-        errors = []
-        for ridge in RIDGES:
-            error = 0.0
-            for left_out in range(4):
-                rest = fold != left_out
-                fit = moments(x[rest], y[rest], folds=1, shift=sums.shift)[0].fit(ridge)
-                error += (y - fit(x))[~rest][:, columns].square().sum().item()
-            errors.append(error)
-        expected += [RIDGES[errors.index(min(errors))]] * len(columns)
-    assert sums.best_ridge(group).tolist() == expected
-    assert expected[0] == 0.0 and expected[2] > 0  # an exact law needs none; noise wants to be shrunk
-
-
-def test_other_targets_of_the_same_rows():
-    x = regressors()
-    y = targets(x, seed=3)
-    once, fold = moments(x, targets(x))
-    again = once.again(y.shape[1])
-    again.add(x, y, fold)
-    fresh = moments(x, y)[0]
-    assert torch.allclose(again.fit(0.01).weight, fresh.fit(0.01).weight, rtol=1e-9)
-    assert torch.equal(once.n, fresh.n)  # rows were not counted twice
-
-
-def test_a_direction_in_which_x_does_not_vary_gets_no_weight():
-    x = regressors()
-    x = torch.cat([x, x[:, :1] * 2, torch.full((len(x), 1), 3.0)], 1)
-    y = targets(x)
-    fit = moments(x, y)[0].fit()
-    weight, offset = direct(x, y)
-    assert torch.allclose(fit(x), x @ weight + offset, rtol=1e-6)
-    assert fit.weight[-1].abs().max() < 1e-6
-
-
-def test_nothing_to_fit_is_an_error():
-    empty = Moments(torch.zeros(3), 2, 2)
-    with pytest.raises(ValueError, match="no rows to fit"):
-        empty.fit()
-    empty.add(torch.randn(9, 3), torch.randn(9, 2))
-    with pytest.raises(ValueError, match="rows in at least two folds, got 1"):
-        empty.best_ridge(torch.zeros(2, dtype=torch.long))
 
 
 # ---- documents and decompositions -------------------------------------------------------------------------------
@@ -188,7 +77,7 @@ def test_documents_are_split_whole(acts):
 
 @pytest.mark.parametrize("share, folds", [(0.01, 2), (0.9, 5)])
 def test_too_few_documents(acts, share, folds):
-    with pytest.raises(ValueError, match="40 documents, .* are too few"):
+    with pytest.raises(ValueError, match="40 documents with tokens from position 0 on, .* are too few"):
         split(acts, share, folds)
 
 
@@ -266,29 +155,44 @@ def test_parts_add_up(acts, sae):
     assert linear_error(x, linear).dtype == x.dtype
 
 
-def test_bootstrap_draws_documents():
-    g = generator(5)
-    numerator, denominator = torch.rand(200, generator=g).double() + 0.5, torch.rand(200, generator=g).double() + 1
-    found = bootstrap(lambda w: (w @ numerator) / (w @ denominator), 200, draws=4000)
-    known = ratio_estimate(numerator, denominator)
-    assert found.mean == pytest.approx(known.value) and found.low < known.value < found.high
-    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(known.se, rel=0.06)
-    assert bootstrap(lambda w: w.sum(-1), 7, draws=50) == (7, 7, 7)  # as many as there are
+def test_sums_that_do_not_fit_are_taken_in_turns(acts, sae, monkeypatch):
+    """Results do not depend on how many SAEs are decomposed at a time."""
+    saes = {"sae": sae, "half": lambda x: 0.5 * sae(x), "dead": torch.zeros_like}
+    together, norms = decompose(acts, saes, split(acts))
+    monkeypatch.setattr(darkmatter, "MEMORY", 1)
+    apart, norms_apart = decompose(acts, saes, split(acts))
+    assert list(apart) == list(saes) and next(sae.parameters()).device.type == "cpu"
+    for name in saes:
+        assert torch.allclose(together[name].linear.weight, apart[name].linear.weight, rtol=1e-9, atol=1e-12)
+        assert together[name].ridge == apart[name].ridge
+        for one, other in zip(together[name].test, apart[name].test, strict=True):
+            assert torch.allclose(one, other, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(norms.error, norms_apart.error) and torch.allclose(norms.nonlinear, norms_apart.nonlinear, atol=1e-6)
 
 
-def test_an_interval_over_seeds_covers_documents_and_seeds(acts, sae):
-    parts = split(acts)
-    shifted = {str(seed): (lambda x, seed=seed: sae(x) * (1 - 0.1 * seed)) for seed in range(3)}
-    found, _ = decompose(acts, {"sae": sae, **shifted}, parts)
-    tests = [found[str(seed)].test for seed in range(3)]
-    documents, once = len(tests[0].tokens), torch.ones(1, len(tests[0].tokens), dtype=torch.float64)
-    values = [test.fvu(once).item() for test in tests]
-    both, alone, same = over_seeds(tests, HeldOut.fvu), over_seeds(tests[:1], HeldOut.fvu), over_seeds(tests[:1] * 3, HeldOut.fvu)
-    seeds = mean_interval(values)
-    drawn = bootstrap(lambda w: sum(test.fvu(w) for test in tests) / 3, documents)
-    assert both.mean == pytest.approx(seeds.mean)
-    assert (both.high - both.mean) ** 2 == pytest.approx((drawn.high - drawn.mean) ** 2 + seeds.half**2)
-    assert alone == pytest.approx(tuple(bootstrap(tests[0].fvu, documents))) and tuple(same) == pytest.approx(tuple(alone))
+def test_positions_before_the_start_do_not_count(acts, sae, tmp_path):
+    index = start_store(tmp_path, dict(acts.index["request"]), None, D_IN, len(acts.index["shards"]))
+    at = 0
+    for number, shard in enumerate(acts.shards()):
+        position = (torch.arange(at, at + len(shard.ids)) % OF_EACH).int()
+        position[shard.document == 11] = 3  # this document has no later ones
+        add_shard(tmp_path, index, number, shard._replace(position=position))
+        at += len(shard.ids)
+    store = open_activations(tmp_path)
+    parts = split(store, start=20)
+    assert len(parts.documents) == DOCUMENTS - 1 and 11 not in parts.documents.tolist()
+    seen = torch.cat([rows.x for rows in stream(store, parts)])
+    x, document = whole(acts)
+    kept = (torch.arange(len(x)) % OF_EACH >= 20) & (document != 11)
+    assert torch.equal(seen, x[kept])
+    found = decompose(store, {"sae": sae}, parts)[0]["sae"].test
+    assert found.tokens.tolist() == [OF_EACH - 20] * int((parts.fold < 0).sum())
+
+
+def test_documents_that_the_split_does_not_know(acts, tmp_path):
+    other = activations_from_tensor(whole(acts)[0], tmp_path / "other", whole(acts)[1] + 1)
+    with pytest.raises(ValueError, match="has documents that the split does not know"):
+        list(stream(other, split(acts)))
 
 
 def test_breakdown_of_a_known_law():
@@ -306,19 +210,24 @@ def tokens_of(n, documents=50):
     return TokenNorms(empty, empty, empty, document, torch.where(document < 30, document % 3, -1), document)
 
 
+def r2(*args, **options):
+    found = predict_scalar(*args, **options)
+    return bootstrap(found.r2, len(found.tokens))
+
+
 def test_a_number_by_token_from_features():
     g = generator(3)
     features = torch.randn(20_000, 2, generator=g).double()
     y = 3 + 2 * features[:, 0] + torch.randn(20_000, generator=g)  # 4 parts of 5 are explained
     tokens = tokens_of(20_000)
-    found = scalar_r2(y, features[:, :1], tokens)
+    found = r2(y, features[:, :1], tokens)
     assert found.mean == pytest.approx(0.8, abs=0.02) and found.low < 0.8 < found.high
-    assert abs(scalar_r2(y, features[:, 1:], tokens).mean) < 0.01
-    assert scalar_r2(3 + 2 * features[:, 0], features[:, :1], tokens).mean == pytest.approx(1)
-    given = scalar_r2(y + features[:, 1], features[:, 1:], tokens, given=features[:, :1])  # 1 part of what is left of 2
+    assert abs(r2(y, features[:, 1:], tokens).mean) < 0.01
+    assert r2(3 + 2 * features[:, 0], features[:, :1], tokens).mean == pytest.approx(1)
+    given = r2(y + features[:, 1], features[:, 1:], tokens, given=features[:, :1])  # 1 part of what is left of 2
     assert given.mean == pytest.approx(0.5, abs=0.02)
     y[::7] = float("nan")
-    assert scalar_r2(y, features[:, :1], tokens).mean == pytest.approx(0.8, abs=0.02)
+    assert r2(y, features[:, :1], tokens).mean == pytest.approx(0.8, abs=0.02)
 
 
 def test_controls_are_what_their_names_say(acts):

@@ -12,10 +12,12 @@ from models import random_ids, tiny_lm
 
 import jumprelu as jr
 from jumprelu import darkstudy
-from jumprelu.activations import activations_from_tensor, add_shard, open_activations, start_store
+from jumprelu.activations import activations_from_tensor
 from jumprelu.corpus import Tokens
-from jumprelu.darkmatter import TokenNorms, decompose, over_seeds, split
+from jumprelu.darkmatter import HeldOut, TokenNorms, decompose, split, stream
+from jumprelu.intervals import over_seeds
 from jumprelu.language import token_losses
+from jumprelu.regression import Linear
 
 
 def generator(seed=0):
@@ -36,14 +38,6 @@ def tests(acts):
     return [one.test for one in found.values()]
 
 
-def with_ids(store, ids, out):
-    """The same store with these tokens; its shards are rewritten."""
-    index = start_store(out, dict(store.index["request"]), None, store.d_in, 1)
-    (shard,) = store.shards()
-    add_shard(out, index, 0, shard._replace(ids=ids))
-    return open_activations(out)
-
-
 def table(rows):
     return pd.DataFrame(rows, columns=["architecture", "seed", "l0", "d_sae"])
 
@@ -54,7 +48,7 @@ RUNS = table([("a", 0, 10.0, 8), ("a", 0, 40.0, 8), ("a", 1, 11.0, 8), ("a", 1, 
 def test_points_are_runs_that_differ_in_their_seed_only(tests):
     found = darkstudy.by_point(RUNS, tests, draws=50).set_index(["architecture", "point", "quantity"])
     assert found.loc[("a", 1, "fvu"), "l0"] == 42.0 and found.loc[("b", 0, "fvu"), "l0"] == 21.0
-    expected = over_seeds([tests[1], tests[3]], darkstudy.STATISTICS["fvu"], 50)
+    expected = over_seeds([tests[1].fvu, tests[3].fvu], len(tests[1].tokens), 50)
     assert found.loc[("a", 1, "fvu"), ["mean", "low", "high"]].tolist() == pytest.approx(list(expected))
     each = darkstudy.run_table(RUNS, tests)
     assert found.loc[("a", 0, "fvu"), "mean"] == pytest.approx(each.fvu[[0, 2]].mean())
@@ -62,23 +56,57 @@ def test_points_are_runs_that_differ_in_their_seed_only(tests):
     assert norms.quantity.unique().tolist() == ["x", "sae", "error", "linear", "nonlinear"]
 
 
-def test_a_quantity_at_one_l0(tests):
-    runs = RUNS.assign(r2=[0.2, 0.6, 0.1, 0.5, 0.9, 0.9])
-    found = darkstudy.at_one_l0(runs, "a", "r2", 20.0)
-    assert found == pytest.approx([0.4, 0.1 + 0.4 * math.log(20 / 11) / math.log(4)])
-    assert math.isnan(darkstudy.at_one_l0(runs, "b", "r2", 20.0)[1])
+def test_a_statistic_at_one_l0(tests):
+    once = torch.ones(1, len(tests[0].tokens), dtype=torch.float64)
+    fvu = [test.fvu(once).item() for test in tests]
+    found = [one(once).item() for one in darkstudy.at(RUNS, tests, "a", HeldOut.fvu, 20.0)]
+    second = math.log(20 / 11) / math.log(4)
+    assert found == pytest.approx([(fvu[0] + fvu[1]) / 2, fvu[2] * (1 - second) + fvu[3] * second])
+    at_end = darkstudy.at(RUNS, tests, "b", HeldOut.fvu, 20.0)
+    assert at_end[0](once).item() == pytest.approx(fvu[4]) and math.isnan(at_end[1](once).item())
+    drawn = torch.rand(3, len(once[0]), generator=generator(5)).double()
+    assert torch.allclose(at_end[0](drawn), tests[4].fvu(drawn))
+
+
+def test_a_value_that_all_reach():
+    assert darkstudy.shared_value(RUNS, ["a"], "l0") == pytest.approx(math.sqrt(11 * 40))
+    assert math.isnan(darkstudy.shared_value(RUNS, ["a", "b"], "l0"))  # one run a seed has one value, and no two are equal
+
+
+def known_errors(fvu, nonlinear):
+    """What was held out of two documents whose errors have these FVU and FVU_nl, whichever are drawn."""
+    one = torch.ones(2, dtype=torch.float64)
+    x = torch.zeros(2, 1, dtype=torch.float64)
+    share = torch.full((2, 1), fvu, dtype=torch.float64)
+    left = torch.full((2, 1), nonlinear, dtype=torch.float64)
+    empty = torch.zeros(2, 5, dtype=torch.float64)
+    return HeldOut(one, x, one, 0 * x, share, left, empty, empty, empty)
 
 
 def test_breakdown_of_known_laws_over_seeds():
     widths = [16, 32, 64, 128]
-    rows = [(seed, width, 0.1 + 0.02 * seed + width**-0.5, 0.03) for seed in (0, 1) for width in widths]
-    runs = pd.DataFrame(rows, columns=["seed", "d_sae", "fvu", "fvu_nonlinear"])
-    found = darkstudy.breakdown_table(runs).set_index(["component", "d_sae"])["mean"]
+    rows = [(seed, width) for seed in (0, 1) for width in widths]
+    runs = pd.DataFrame(rows, columns=["seed", "d_sae"])
+    held = [known_errors(0.1 + 0.02 * seed + width**-0.5, 0.03) for seed, width in rows]
+    found = darkstudy.breakdown_table(runs, held, draws=2).set_index(["component", "d_sae"])["mean"]
     assert found["offset"].item() == pytest.approx(0.11, abs=1e-4) and found["exponent"].item() == pytest.approx(0.5, abs=1e-3)
     assert found["miss"].item() == pytest.approx(1, abs=1e-3)
     for width in widths:
         assert found["absent", width] == pytest.approx(width**-0.5, abs=1e-3)
         assert found["linear", width] == pytest.approx(0.08, abs=1e-3) and found["nonlinear", width] == pytest.approx(0.03)
+
+
+def test_a_direction_beside_the_latents(acts):
+    """The error of this SAE is its dead direction: the direction that predicts it has nothing to do with the one latent."""
+    sae = jr.SAE(torch.tensor([[1.0], [0], [0], [0], [0]]), torch.zeros(1), torch.tensor([[1.0, 0, 0, 0, 0]]), torch.zeros(5),
+                 torch.zeros(1))  # fmt: skip
+    weight = torch.zeros(5, 5, dtype=torch.float64)
+    weight[0, 2] = 0.25
+    found = darkstudy.direction_table(sae, acts, split(acts), Linear(weight, torch.zeros(5)))
+    x = torch.cat([rows.x for rows in stream(acts, split(acts), "fit")])[:, 0]
+    assert found.along.tolist() == [0.25]
+    assert found.active_mean.item() == pytest.approx(x[x > 0].mean().item(), rel=1e-5)
+    assert found.frequency.item() == pytest.approx((x > 0).double().mean().item())
 
 
 def test_errors_of_a_wide_sae_from_those_of_a_narrow_one():
@@ -101,7 +129,7 @@ def test_features_of_tokens_are_in_the_order_of_the_store(tmp_path):
     store = jr.harvest(lm, tokens, layer=0, out=tmp_path / "store", shard_rows=2)
     config = jr.TrainConfig(architecture="topk", k=3, d_sae=16, steps=1)
     sae = darkstudy.random_sae(store, config)
-    found = darkstudy.token_features(store, sae, lm, tokens)
+    found = darkstudy.token_features(store, sae, lm, tokens, split(store, 0.5, 2))
     assert len(found) == len(store) == 6 * 11  # BOS is not there
     losses = token_losses(lm, tokens.ids)
     assert np.isnan(found.loss.to_numpy().reshape(6, 11)[:, -1]).all()
@@ -109,6 +137,8 @@ def test_features_of_tokens_are_in_the_order_of_the_store(tmp_path):
     x = torch.cat([shard.activations for shard in store.shards()])
     assert found.x.tolist() == pytest.approx(x.norm(dim=-1).tolist())
     assert found.l0.tolist() == (sae.encode(x) > 0).sum(-1).tolist()
+    later = darkstudy.token_features(store, sae, lm, tokens, split(store, 0.5, 2, start=4))
+    assert len(later) == 6 * 8 and later.x.tolist() == pytest.approx(x.view(6, 11, -1)[:, 3:].norm(dim=-1).flatten().tolist())
 
 
 def test_controls_that_learned_nothing(acts, tmp_path):
@@ -129,31 +159,3 @@ def test_means_of_tokens_come_from_the_documents_for_fitting():
     empty = torch.empty(0)
     norms = TokenNorms(empty, empty, empty, torch.arange(5), torch.tensor([0, 1, 0, -1, -1]), torch.tensor([7, 7, 2, 7, 4]))
     assert darkstudy._means_by_id(y, norms).tolist() == pytest.approx([2, 2, 10, 2, 14 / 3])
-
-
-def test_a_store_of_part_of_an_error(acts, tmp_path):
-    config = jr.TrainConfig(architecture="topk", k=2, d_sae=9, steps=1)
-    sae = darkstudy.random_sae(acts, config)
-    linear = decompose(acts, {"sae": sae}, split(acts))[0]["sae"].linear
-    parts = {part: darkstudy.error_part(acts, sae, linear, part, tmp_path / part) for part in ("linear", "nonlinear")}
-    x, one, other = (torch.cat([shard.activations for shard in store.shards()]) for store in (acts, *parts.values()))
-    assert torch.allclose(sae(x) + one + other, x, atol=1e-5)
-    assert torch.allclose(one.double(), linear(x), atol=1e-5)
-    assert [shard.document.tolist() for shard in parts["linear"].shards()] == [shard.document.tolist() for shard in acts.shards()]
-
-
-def test_purity_of_latents_that_stand_for_tokens(tmp_path):
-    """The first two latents fire on one token each, the third on all; the fourth on too few to count."""
-    ids = torch.arange(300, dtype=torch.int32) % 3
-    x = torch.eye(5)[ids.long()] + 0.01 * torch.rand(300, 5, generator=generator(3))
-    x[:4, 3] = 5.0
-    store = activations_from_tensor(x, tmp_path / "x")
-    store = with_ids(store, ids, tmp_path / "ids")
-    W_enc = torch.zeros(5, 4)
-    W_enc[0, 0] = W_enc[1, 1] = W_enc[3, 3] = 1
-    W_enc[4, 2] = 1  # noise alone
-    sae = jr.SAE(W_enc, torch.zeros(4), W_enc.T.clone(), torch.zeros(5), torch.tensor([0.5, 0.5, 0.0, 1.0]))
-    found = darkstudy.purity(sae, store, top=20).set_index("latent")
-    assert found.index.tolist() == [0, 1, 2]
-    assert found.purity[0] == found.purity[1] == 1.0 and found.purity[2] < 0.75
-    assert 0.4 < found.chance.iloc[0] < 0.6  # of 20 tokens of three kinds

@@ -9,7 +9,7 @@ from models import random_ids, tiny_lm
 
 from jumprelu.corpus import Tokens
 from jumprelu.downstream import splice_variants
-from jumprelu.hooks import splice
+from jumprelu.hooks import capture, splice
 from jumprelu.metrics import evaluate
 from jumprelu.sae import SAE, Origin
 
@@ -55,6 +55,14 @@ def test_losses_are_those_of_plain_passes(lm, site, layer, start):
     assert torch.allclose(found.spliced[0], own, rtol=1e-5)
     assert torch.allclose(found.spliced[1], plain(lm, worse, site, layer, start)[1], rtol=1e-5)
     assert not torch.allclose(found.spliced[1], own, rtol=1e-3)
+    x = torch.cat(list(capture(lm, [(site, layer)], TOKENS.ids).values()))
+    replaced = ~torch.isin(TOKENS.ids, torch.tensor(lm.special_ids))
+    replaced[:, :start] = False
+    square = (x - worse(x)).double().square().sum(-1) * replaced
+    once = torch.ones(1, 3, dtype=torch.float64)
+    assert found.missing[0].tolist() == [0, 0, 0]
+    assert found.missing[1].tolist() == pytest.approx([square[TOKENS.document == n].sum().item() for n in (3, 7, 9)], rel=1e-5)
+    assert found.size(once, "worse", "worse").item() == 1
 
 
 def test_an_sae_spliced_in_everywhere_rises_as_evaluate_says(lm):

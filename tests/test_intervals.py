@@ -9,9 +9,11 @@ import torch
 
 from jumprelu.intervals import (
     Estimate,
+    bootstrap,
     jackknife,
     leave_one_out,
     mean_interval,
+    over_seeds,
     ratio_estimate,
     share_estimate,
     squared_length,
@@ -104,3 +106,34 @@ def test_squared_length_is_unbiased_where_the_plain_one_is_not():
     found = [squared_length(d) for d in draws]
     assert abs(np.mean(found) - 2.0) < 4 * np.std(found) / math.sqrt(3000)
     assert np.mean([np.square(d.mean(0)).sum() for d in draws]) > 3
+
+
+def test_bootstrap_draws_documents():
+    g = torch.Generator().manual_seed(5)
+    numerator, denominator = torch.rand(200, generator=g).double() + 0.5, torch.rand(200, generator=g).double() + 1
+    found = bootstrap(lambda w: (w @ numerator) / (w @ denominator), 200, draws=4000)
+    known = ratio_estimate(numerator, denominator)
+    assert found.mean == pytest.approx(known.value) and found.low < known.value < found.high
+    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(known.se, rel=0.06)
+    assert bootstrap(lambda w: w.sum(-1), 7, draws=50) == (7, 7, 7)  # as many as there are
+
+
+def test_bootstrap_of_several_statistics_at_once():
+    values = torch.rand(30, generator=torch.Generator().manual_seed(1)).double()
+    both = bootstrap(lambda w: torch.stack([w @ values, torch.full(w.shape[:1], float("nan")).double()], -1), 30, draws=200)
+    assert (both.mean[0], both.low[0], both.high[0]) == pytest.approx(bootstrap(lambda w: w @ values, 30, draws=200))
+    assert np.isnan([end[1] for end in both]).all()
+
+
+def test_an_interval_over_seeds_covers_documents_and_seeds():
+    values = torch.rand(3, 40, generator=torch.Generator().manual_seed(2)).double() + torch.arange(3)[:, None]
+    seeds = [lambda w, one=one: w @ one / w.sum(-1) for one in values]
+    both, alone, same = over_seeds(seeds, 40), over_seeds(seeds[:1], 40), over_seeds(seeds[:1] * 3, 40)
+    between = mean_interval(values.mean(1))
+    drawn = bootstrap(lambda w: w @ values.mean(0) / w.sum(-1), 40)
+    assert both.mean == pytest.approx(between.mean)
+    assert (both.high - both.mean) ** 2 == pytest.approx((drawn.high - drawn.mean) ** 2 + between.half**2)
+    assert tuple(alone) == pytest.approx(tuple(bootstrap(seeds[0], 40))) and tuple(same) == pytest.approx(tuple(alone))
+    pairs = over_seeds([lambda w, one=one: torch.stack([one(w), -one(w)], -1) for one in seeds], 40)
+    assert (pairs.mean[0], pairs.low[0], pairs.high[0]) == pytest.approx(tuple(both))
+    assert (-pairs.mean[1], -pairs.high[1], -pairs.low[1]) == pytest.approx(tuple(both))

@@ -148,6 +148,45 @@ def dark_architectures(data: pd.DataFrame) -> Figure:
     return fig
 
 
+def dark_matched(data: pd.DataFrame) -> Figure:
+    """Against FVU: columns architecture, point, quantity (vector_r2, fvu_nonlinear, and fvu for the x axis), mean, low, high."""
+    names = list(dict.fromkeys(data.architecture))
+    fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.7))
+    keyed = data.set_index(["architecture", "point"])
+    of = {name: keyed[keyed.quantity == name] for name in ("fvu", "vector_r2", "fvu_nonlinear")}
+    fvu = of["fvu"]["mean"]
+    for ax, column in zip(axes, ("vector_r2", "fvu_nonlinear"), strict=True):
+        for name in names:
+            rows = of[column].loc[name]
+            at = fvu.loc[name].reindex(rows.index)
+            order = at.argsort()
+            _points(ax, at.iloc[order], rows.iloc[order], 0 if column == "fvu_nonlinear" else LEAST_R2,
+                    label=name if ax is axes[0] else None, elinewidth=0.9, **architecture_look(name))  # fmt: skip
+        ax.set(xlim=(0, min(1.06 * fvu.max(), 2.5 * fvu.median())), xlabel="FVU")
+    axes[0].set(ylabel=VECTOR_R2, ylim=_r2_limits(of["vector_r2"]))
+    axes[1].set(ylabel=FVU_NL, ylim=(0, 1.2 * of["fvu_nonlinear"]["mean"].max()))
+    axes[1].axline((0, 0), slope=1, color=GREY, linewidth=0.9, linestyle=":")
+    _above(axes[1], [Line2D([], [], color=GREY, linewidth=0.9, linestyle=":", label="all of the error is nonlinear")])
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), handlelength=3)
+    return fig
+
+
+def dark_directions(data: pd.DataFrame) -> Figure:
+    """Latents beside the direction that predicts ‖error‖²: columns latent, along, active_mean, frequency. One point a latent."""
+    drawn = data[data.active_mean > 0]
+    fig, ax = plt.subplots(figsize=(6.4, 3.8))
+    points = ax.scatter(drawn.active_mean, drawn.along, c=np.log10(drawn.frequency), s=14, cmap="viridis", linewidths=0)
+    ax.axhline(0, color=GREY, linewidth=0.8)
+    ax.set_xscale("log")
+    for set_formatter in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        set_formatter("{x:g}")
+    ax.set(xlabel="mean activation of the latent where it is active",
+           ylabel="change of the predicted ‖error‖²\nby one unit of the latent")  # fmt: skip
+    bar = fig.colorbar(points, ax=ax)
+    bar.set_label("log₁₀ of its frequency")
+    return fig
+
+
 def dark_norms(data: pd.DataFrame) -> Figure:
     """R² of squared norms, a panel an architecture: columns architecture, point, quantity (of NORM_LOOKS), l0, mean, low, high.
 

@@ -66,39 +66,43 @@ def dark_parts(data: pd.DataFrame) -> Figure:
 
 
 def dark_harm(data: pd.DataFrame) -> Figure:
-    """What parts of the error do to the model beside their size, and the ratio of both against L0.
+    """What parts of the error do to the model beside their size, and the ratio of both against L0 and against width.
 
-    data: columns missing (linear, nonlinear), quantity (harm, size, harm over size), mean, low, high, architecture, l0; a row a
-    quantity and SAE. Other rows, such as the rise with both missing, are not drawn. SAEs of one architecture are joined in order
-    of L0; their markers grow with it. In the right panel curves are a little apart in L0, so that intervals can be told apart.
+    data: columns missing (linear, nonlinear), quantity (harm, size, harm over size), mean, low, high, architecture, l0, d_sae and
+    along ("L0" or "width"), a row a quantity and SAE. Other rows, such as the rise with both missing, are not drawn. SAEs of one
+    architecture are joined. In the right panels curves are a little apart, so that intervals can be told apart.
     """
-    names = list(dict.fromkeys(data.architecture))
-    drawn = data[data.missing.isin(MISSING_LOOKS)].sort_values("l0", kind="stable")
-    fig, axes = plt.subplots(1, 2, figsize=(10.5, 4.4))
-    curves = [(name, part) for name in names for part in MISSING_LOOKS]
-    for number, (name, part) in enumerate(curves):
-        rows = drawn[(drawn.architecture == name) & (drawn.missing == part)]
-        harm, size, ratio = (rows[rows.quantity == quantity] for quantity in ("harm", "size", "harm over size"))
-        look = architecture_look(name)
-        apart = ratio.l0 * 1.025 ** (number - (len(curves) - 1) / 2)
-        for ax, x, y, bars in ((axes[0], size["mean"], harm["mean"], {"xerr": _bars(size), "yerr": _bars(harm)}),
-                               (axes[1], apart, ratio["mean"], {"yerr": _bars(ratio)})):  # fmt: skip
-            ax.errorbar(x, y, **bars, **look | {"marker": ""}, linewidth=1.2, elinewidth=0.7, capsize=2)
-            face = look["color"] if part == "nonlinear" else "white"
-            ax.scatter(x, y, s=16 + 50 * np.log(ratio.l0 / drawn.l0.min()) / np.log(8), marker=MISSING_LOOKS[part]["marker"],
-                       facecolor=face, edgecolor=look["color"], zorder=3)  # fmt: skip
+    drawn = data[data.missing.isin(MISSING_LOOKS)]
+    fig, axes = plt.subplots(1, 3, figsize=(11.5, 4.2), width_ratios=(1.2, 1, 1))
+    for ax, along, by in ((axes[1], "L0", "l0"), (axes[2], "width", "d_sae")):
+        curves = list(drawn[drawn.along == along].groupby(["architecture", "missing"], sort=False))
+        for number, ((name, part), rows) in enumerate(curves):
+            rows = rows.sort_values(by, kind="stable")
+            harm, size, ratio = (rows[rows.quantity == quantity] for quantity in ("harm", "size", "harm over size"))
+            look = architecture_look(name)
+            apart = ratio[by] * 1.025 ** (number - (len(curves) - 1) / 2)
+            for panel, x, y, bars in ((axes[0], size["mean"], harm["mean"], {"xerr": _bars(size), "yerr": _bars(harm)}),
+                                      (ax, apart, ratio["mean"], {"yerr": _bars(ratio)})):  # fmt: skip
+                panel.errorbar(x, y, **bars, **look | {"marker": ""}, linewidth=1.2, elinewidth=0.7, capsize=2)
+                panel.scatter(x, y, s=26, marker=MISSING_LOOKS[part]["marker"], edgecolor=look["color"], zorder=3,
+                              facecolor=look["color"] if part == "nonlinear" else "white")  # fmt: skip
+        ax.axhline(1, color=GREY, linewidth=0.9, linestyle=":")
     harm, size, ratio = (drawn[drawn.quantity == quantity] for quantity in ("harm", "size", "harm over size"))
     axes[0].axline((0, 0), slope=1, color=GREY, linewidth=0.9, linestyle=":")
-    axes[0].set_title("markers grow with L0", loc="right", fontsize=8)
     axes[0].set(xlabel="size: share of the squared error",
                 ylabel="harm: share of the rise in cross-entropy,\nmean of missing alone and restored alone",
                 xlim=_limits(size, (), -0.5, 1.5), ylim=_limits(harm, (), -0.5, 2))  # fmt: skip
-    axes[1].axhline(1, color=GREY, linewidth=0.9, linestyle=":")
-    axes[1].set(xscale="log", xlim=(0.8 * data.l0.min(), 1.25 * data.l0.max()), xlabel="L0", ylabel="harm over size",
-                ylim=_limits(ratio, (0, 1), -0.5, 3))  # fmt: skip
+    l0 = data[data.along == "L0"].l0
+    axes[1].set(xscale="log", xlim=(0.8 * l0.min(), 1.25 * l0.max()), xlabel="L0", ylabel="harm over size")
     axes[1].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
     axes[1].xaxis.set_major_formatter("{x:g}")
     axes[1].xaxis.set_minor_locator(ticker.NullLocator())
+    ladder = data[data.along == "width"]
+    ticks_at(axes[2], ladder.d_sae)
+    axes[2].set(xlim=(ladder.d_sae.min() / 1.3, ladder.d_sae.max() * 1.3), xlabel=f"width d_sae (L0 = {ladder.l0.mean():.3g})")
+    for ax in axes[1:]:
+        ax.set_ylim(_limits(ratio, (0, 1), -0.5, 3))
+    names = list(dict.fromkeys(drawn.architecture))
     handles = [Line2D([], [], label=name, **architecture_look(name) | {"marker": ""}) for name in names]
     handles += [Line2D([], [], linestyle="", color="black", markersize=6, **look) for look in MISSING_LOOKS.values()]
     handles.append(Line2D([], [], color=GREY, linewidth=0.9, linestyle=":", label="harm in proportion to size"))
@@ -125,6 +129,7 @@ def dark_sources(data: pd.DataFrame) -> Figure:
 
     A source whose name ends in "the same SAE" is hatched, its markers hollow: what it explains is in part so by construction.
     """
+    data = data[data.vector.isin(VECTOR_LOOKS)]
     names = list(dict.fromkeys(data.source))
     same = data.source.str.endswith("the same SAE")
     fig, ax = plt.subplots(figsize=(7.4, 1.1 + 0.55 * len(names)))
@@ -145,4 +150,35 @@ def dark_sources(data: pd.DataFrame) -> Figure:
     ax.set(ylim=(len(names) - 0.5, -0.5), xlim=_limits(data, (0, 1), -0.2, 1), xlabel="R² on other documents")
     ax.grid(axis="y", visible=False)
     fig.legend(handles=handles, loc="outside upper center", ncols=4, columnspacing=1.4, handletextpad=0.5)
+    return fig
+
+
+KNOB_LOOKS = {
+    "input": {"label": "dense noise in x", "color": "#3f90da", "linestyle": "-", "marker": "o"},
+    "absent": {"label": "features that the SAE lacks", "color": "#ffa90e", "linestyle": "--", "marker": "s"},
+    "output": {"label": "noise in Sae(x)", "color": "#bd1f01", "linestyle": "-.", "marker": "^"},
+}
+
+
+def dark_synthetic(data: pd.DataFrame) -> Figure:
+    """Linear and nonlinear error where what makes it is known, and of real SAEs.
+
+    data: columns kind ("synthetic", "real"), seed, input, absent, output (shares of the variance), fvu_linear, fvu_nonlinear, a
+    row a combination and seed, combinations in the same order in each. Lines: one thing added alone, mean over seeds; grey: two
+    or three together.
+    """
+    fig, ax = plt.subplots(figsize=(6.8, 4.2))
+    synthetic = data[data.kind == "synthetic"]
+    synthetic = synthetic.groupby(synthetic.groupby("seed").cumcount())[[*KNOB_LOOKS, "fvu_linear", "fvu_nonlinear"]].mean()
+    alone = (synthetic[list(KNOB_LOOKS)] > 0).sum(1) <= 1
+    ax.scatter(synthetic.fvu_linear[~alone], synthetic.fvu_nonlinear[~alone], s=9, color="#c4c6ca", label="two or three of these")
+    for knob, look in KNOB_LOOKS.items():
+        others = [other for other in KNOB_LOOKS if other != knob]
+        rows = synthetic[(synthetic[others] == 0).all(axis=1)].sort_values(knob)
+        ax.plot(rows.fvu_linear, rows.fvu_nonlinear, markersize=5, **look)
+    real = data[data.kind == "real"]
+    ax.scatter(real.fvu_linear, real.fvu_nonlinear, marker="*", s=110, color="black", zorder=4, label="real SAEs on real x")
+    ax.axline((0, 0), slope=1, color=GREY, linewidth=0.8, linestyle=":")
+    ax.set(xlabel="linear error, FVU − FVU$_\\mathrm{nl}$", ylabel="nonlinear error, FVU$_\\mathrm{nl}$")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
     return fig
