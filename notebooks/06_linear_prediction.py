@@ -344,14 +344,15 @@ ledger("06", claims)[["id", "claim", "value", "low", "high", "verdict"]]
 
 # %% [markdown]
 # **What differs from the paper, and why.** These SAEs saw few tokens and Gemma Scope's billions; their model is small; all
-# positions after BOS count, where the authors begin at 200 (parameter `start`). About half of the vector is no mark of a trained
-# SAE: a random dictionary of the same k comes out not far from it (D11 and the figure of the controls), with a larger FVU_nl, and
-# what is linear only, a dead SAE or principal components, has no nonlinear error at all. The linear share falls as L0 rises and is
-# the same for JumpReLU, TopK and BatchTopK, at equal L0 and at equal FVU; errors of the L1 architectures are far more linear in
-# both comparisons (D10), as shrinkage is, though that reason was not tested. Of the norm less is predictable than reported at this
-# layer; it falls with depth, and after the first layer it is near what is reported. The mean for the token predicts it at least as
-# well as all of x does (D12): which tokens are hard is in large part a matter of which tokens they are. The direction of x that
-# predicts it is not that of large latents: latents of all sizes lie on both sides of zero.
+# positions after BOS count, where the authors begin at 200 (parameter `start`). About half of the vector is no mark of a
+# trained SAE: a random dictionary of the same k comes out not far from it (D11 and the figure of the controls), with a larger
+# FVU_nl, and what is linear only, a dead SAE or principal components, has no nonlinear error at all. The linear share falls
+# as L0 rises and is the same for JumpReLU, TopK and BatchTopK, at equal L0 and at equal FVU; errors of the L1 architectures
+# are far more linear in both comparisons (D10), as shrinkage is, though that reason was not tested. Of the norm less is
+# predictable than reported at this layer; it falls with depth, and after the first layer it is near what is reported. The
+# mean for the token predicts it at least as well as all of x does (D12): which tokens are hard is in large part a matter of
+# which tokens they are. The direction of x that predicts it is not that of large latents: latents of all sizes lie on both
+# sides of zero.
 #
 # Intervals are over documents and seeds, those of D11 and D12 over documents; all are for one split of the documents. SAEs of a
 # release, in the files of Gemma Scope, are decomposed in notebook 08.

@@ -299,12 +299,12 @@ ledger("07", claims)[["id", "claim", "value", "low", "high", "verdict"]]
 # the training, of minutes and not of days: an encoder that lags behind its dictionary leaves more to a search. That was not
 # tested; longer runs would tell.
 #
-# Where the causes are known, noise in the reconstruction becomes nonlinear error, as the paper says (D13c). Dense noise in x becomes
-# linear error in proportion, but nonlinear error as well (D13a, D13b): the noise is the same in all directions, x has little
-# variance in many of them, and there it cannot be told from signal. What absent features leave is nearly all linear. So no one
-# cause is enough for real SAEs: their nonlinear error, the same at every L0, is more than absent features make, and most of them
-# have more linear error than dense noise makes beside as much nonlinear error. Both together reach where they lie, which does not
-# prove that it is they.
+# Where the causes are known, noise in the reconstruction becomes nonlinear error, as the paper says (D13c). Dense noise in x
+# becomes linear error in proportion, but nonlinear error as well (D13a, D13b): the noise is the same in all directions, x has
+# little variance in many of them, and there it cannot be told from signal. What absent features leave is nearly all linear. So no
+# one cause is enough for real SAEs: their nonlinear error, the same at every L0, is more than absent features make, and most of
+# them have more linear error than dense noise makes beside as much nonlinear error. Both together reach where they lie, which
+# does not prove that it is they.
 #
 # ## Facts
 
