@@ -76,8 +76,8 @@ def harm_table(lm: LM, tokens: Tokens, saes: Sequence[SAE], linears: Sequence[Li
     because cross-entropy does not add up: "harm" is their mean, and the harms of both parts add up to 1.
 
     saes, linears: SAEs that differ in their seed, and the map of each. Columns missing ("linear", "nonlinear"), quantity, mean,
-    low, high (over documents and seeds): harm, alone, restored; "size", the part's share of the squared error where x was
-    replaced; "harm over size"; and, under missing "both", "rise": nats per token with x̂ alone.
+    low, high (over documents and seeds): harm, alone, restored; "size", the part's squared length over that of the error where x
+    was replaced; "harm over size" and the same of the others; and, under missing "both", "rise": nats per token with x̂ alone.
     """
     spliced = []
     for sae, linear in zip(saes, linears, strict=True):
@@ -91,15 +91,17 @@ def harm_table(lm: LM, tokens: Tokens, saes: Sequence[SAE], linears: Sequence[Li
     rows = [("both", "rise", *of(lambda one, w: one.rise(w, "both")))]
     for part, other in (("linear", "nonlinear"), ("nonlinear", "linear")):
         def size(one: Spliced, w: torch.Tensor, part=part) -> torch.Tensor:
-            nonlinear = one.size(w, "nonlinear", "both")
-            return nonlinear if part == "nonlinear" else 1 - nonlinear
+            return one.size(w, part, "both")
 
         def harm(one: Spliced, w: torch.Tensor, part=part, other=other) -> torch.Tensor:
             return (1 + one.share(w, part, "both") - one.share(w, other, "both")) / 2
 
         quantities = {"harm": harm, "alone": lambda one, w, part=part: one.share(w, part, "both"),
                       "restored": lambda one, w, other=other: 1 - one.share(w, other, "both"), "size": size,
-                      "harm over size": lambda one, w, harm=harm, size=size: harm(one, w) / size(one, w)}  # fmt: skip
+                      "harm over size": lambda one, w, harm=harm, size=size: harm(one, w) / size(one, w),
+                      "alone over size": lambda one, w, part=part, size=size: one.share(w, part, "both") / size(one, w),
+                      "restored over size": lambda one, w, other=other, size=size: (1 - one.share(w, other, "both"))
+                      / size(one, w)}  # fmt: skip
         rows += [(part, name, *of(statistic)) for name, statistic in quantities.items()]
     return pd.DataFrame(rows, columns=["missing", "quantity", "mean", "low", "high"])
 

@@ -189,6 +189,32 @@ def token_features(acts: Activations, sae: SAE, lm: LM, tokens: Tokens, parts: S
     return pd.DataFrame({"loss": losses[kept].numpy(), "l0": torch.cat(l0).numpy(), "x": torch.cat(norm).numpy()})
 
 
+def beyond_token(table: pd.DataFrame, norms: TokenNorms, narrow: int, wide: int, draws: int = 1000) -> Interval:
+    """Share of what the mean for the token leaves of a wide SAE's ‖error‖ that a narrower one's ‖error‖ explains.
+
+    table, norms: as for :func:`pair_table`; over seeds and documents.
+    """
+    places = {(int(row.d_sae), int(row.seed)): place for place, row in enumerate(table.itertuples())}
+    found = []
+    for seed in sorted(table.seed.unique()):
+        target = norms.error[:, places[wide, seed]]
+        known = _means_by_id(target, norms)[:, None]
+        found.append(predict_scalar(target, norms.error[:, places[narrow, seed], None], norms, given=known))
+    return over_seeds([one.r2 for one in found], len(found[0].tokens), draws)
+
+
+def size_correlation(directions: pd.DataFrame, draws: int = 1000) -> Interval:
+    """Rank correlation of size with `along` among latents above the median size, with a bootstrap over latents.
+
+    directions: :func:`direction_table`.
+    """
+    large = directions[directions.active_mean > directions.active_mean.median()]
+    rng = np.random.default_rng(0)
+    drawn = [large.iloc[rng.integers(len(large), size=len(large))] for _ in range(draws)]
+    found = [one.active_mean.corr(one.along, method="spearman") for one in (large, *drawn)]
+    return Interval(found[0], *np.quantile(found[1:], [0.025, 0.975]).tolist())
+
+
 def _means_by_id(y: torch.Tensor, norms: TokenNorms) -> torch.Tensor:
     """For each token, the mean of y over the tokens of the same id in the documents for fitting (the mean of all if none)."""
     fitting = norms.fold >= 0

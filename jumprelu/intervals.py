@@ -116,13 +116,14 @@ def bootstrap(statistic: Callable[[torch.Tensor], torch.Tensor], documents: int,
     statistic: weights [draws, documents], how often each was drawn → [draws, ...], such as those of `darkmatter.HeldOut`;
     [draws] gives floats, more dimensions arrays. The same seed draws the same documents, so that differences between SAEs may be
     bootstrapped as one statistic. Draws for which it is NaN are left out; where it is NaN for all documents, so are the ends.
+    An end that would leave out the statistic itself is moved to it.
     """
     drawn = torch.multinomial(torch.ones(documents), documents * draws, replacement=True,
                               generator=torch.Generator().manual_seed(seed)).view(draws, documents)  # fmt: skip
     weights = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
     whole = statistic(torch.ones(1, documents, dtype=torch.float64))[0]
     ends = torch.nanquantile(statistic(weights), torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), 0)
-    ends = torch.where(whole.isnan(), math.nan, ends)
+    ends = torch.where(whole.isnan(), math.nan, torch.stack([torch.minimum(ends[0], whole), torch.maximum(ends[1], whole)]))
     found = Interval(*(value.numpy() for value in (whole, *ends)))
     return Interval(*map(float, found)) if whole.ndim == 0 else found
 

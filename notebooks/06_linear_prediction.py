@@ -127,8 +127,9 @@ jr.save_figure(plots.dark_controls(checks), "06_dark_controls", checks)
 grid = {name: study.configurations(base, changes) for name, changes in variants.items()}
 main = study.sweep_variants(acts, grid, range(seeds), lm, test_tokens, workers or None)
 saes = {f"{name} {number}": run.sae() for number, (name, run) in enumerate(zip(main.table.architecture, main.runs, strict=True))}
-found, norms = jr.remember(darkmatter.decompose, held_out, saes, parts)
-main_tests = [one.test for one in found.values()]
+main_found, norms = jr.remember(darkmatter.decompose, held_out, saes, parts)
+main_found = list(main_found.values())
+main_tests = [one.test for one in main_found]
 points = darkstudy.by_point(main.table, main_tests, draws)
 jr.save_figure(plots.dark_architectures(points), "06_dark_architectures", points)
 
@@ -207,14 +208,14 @@ jr.save_figure(plots.dark_pairs(pairs), "06_dark_pairs", pairs)
 # %% [markdown]
 # ## What else predicts the norm of the error?
 #
-# **What the paper does** (from memory: baselines are far behind activations). ‖error‖² of one SAE from simpler things than x: the
-# mean for the token, the model's loss at the position, the number of active latents, the norm of x.
+# **What the paper does** (from memory: baselines are far behind activations). ‖error‖² of one SAE, here a JumpReLU one near
+# L0 = `ladder_k`, from simpler things than x: the mean for the token, the model's loss at the position, the number of active
+# latents, the norm of x.
 
 # %%
-widest = rungs.runs[int(rungs.table[rungs.table.seed == 0].d_sae.idxmax())]
-features = darkstudy.token_features(held_out, widest.sae(), lm, error_tokens, parts)
-column = [run.folder for run in rungs.runs].index(widest.folder)
-simple = darkstudy.baseline_table(features, ladder_norms, column, rung_tests[column], draws)
+column = int(nearest["JumpReLU"])
+features = darkstudy.token_features(held_out, main.runs[column].sae(), lm, error_tokens, parts)
+simple = darkstudy.baseline_table(features, norms, column, main_tests[column], draws)
 jr.save_figure(plots.dark_baselines(simple), "06_dark_baselines", simple)
 
 # %% [markdown]
@@ -222,7 +223,7 @@ jr.save_figure(plots.dark_baselines(simple), "06_dark_baselines", simple)
 # much one unit of it changes the predicted ‖error‖², against how large it is where it is active.
 
 # %%
-directions = darkstudy.direction_table(widest.sae(), held_out, parts, found[list(found)[column]].norm)
+directions = darkstudy.direction_table(main.runs[column].sae(), held_out, parts, main_found[column].norm)
 jr.save_figure(plots.dark_directions(directions), "06_dark_directions", directions)
 
 # %% [markdown]
@@ -251,6 +252,8 @@ jr.save_figure(plots.dark_places(by_place), "06_dark_places", by_place)
 # %% tags=["nbval-ignore-output"]
 documents, everything = len(main_tests[0].tokens), float("inf")
 few = "one seed: over documents only" if seeds == 1 else ""
+topk_only = "; ".join(filter(None, ("measured on TopK", few)))
+reach = f"needs runs on both sides of L0 = {ladder_k} in every seed"
 narrowest, greatest = min(widths), max(widths)
 held = {name: one.test for name, one in controls_found.items()}
 whole, token = (Interval(*simple[simple.predictor == name][["mean", "low", "high"]].iloc[0])
@@ -259,9 +262,9 @@ main_runs = darkstudy.run_table(main.table, main_tests)
 
 
 def matched(name: str, quantity: str):
-    """A statistic of one architecture at its setting nearest L0 = ladder_k, over documents and seeds."""
-    rows = points[(points.architecture == name) & (points.quantity == quantity)]
-    return Interval(*rows.iloc[(rows.l0 / ladder_k).map(math.log).abs().argmin()][["mean", "low", "high"]])
+    """A statistic of one architecture at L0 = ladder_k, over documents and seeds."""
+    of_seeds = darkstudy.at(main.table, main_tests, name, darkstudy.STATISTICS[quantity], ladder_k)
+    return over_seeds(of_seeds, documents, draws)
 
 
 def pair(quantity: str, narrow: int, wide: int):
@@ -299,42 +302,43 @@ def whose(name: str) -> str:
     return "Dark matter" if name == "JumpReLU" else "ours"
 
 
-def near(name: str) -> str:
-    """Which setting of an architecture was taken."""
-    rows = points[(points.architecture == name) & (points.quantity == "fvu")]
-    return f"{name} at L0 = {rows.l0.iloc[(rows.l0 / ladder_k).map(math.log).abs().argmin()]:.0f}"
-
-
 fall = levels("fvu", narrowest)
 shared_fvu = {other: darkstudy.shared_value(main_runs, ["JumpReLU", other], "fvu") for other in list(variants)[1:]}
 claims = [
     *(claim(f"D1{letter}", whose(name), f"About half of the error vector is linearly predictable ({name}).",
-            f"pooled R² of the error from x, {near(name)}; about half: 0.4 to 0.6", matched(name, "vector_r2"), (0.4, 0.6),
-            "06_dark_architectures", few) for letter, name in zip("abcde", variants, strict=False)),
+            f"pooled R² of the error from x at L0 = {ladder_k}; about half: 0.4 to 0.6", matched(name, "vector_r2"), (0.4, 0.6),
+            "06_dark_architectures", few, reach) for letter, name in zip("abcde", variants, strict=False)),
     *(claim(f"D2{letter}", whose(name), f"Over 90 % of the variance of the error's norm is linearly predictable ({name}).",
-            f"R² of ‖error‖² from x, {near(name)}", matched(name, "norm_r2"), (0.9, 1), "06_dark_architectures", few)
+            f"R² of ‖error‖² from x at L0 = {ladder_k}", matched(name, "norm_r2"), (0.9, 1), "06_dark_architectures", few, reach)
       for letter, name in zip("abcde", variants, strict=False)),
     claim("D11", "ours", "The error of a trained SAE is less linear than that of a dictionary of random directions.",
           f"pooled R² of the error from x at k = {ladder_k}, trained − random, over documents",
           bootstrap(lambda w: held["trained"].vector_r2(w) - held["random dictionary"].vector_r2(w),
-                               len(held["trained"].tokens), draws), (-everything, 0), "06_dark_controls"),
+                    len(held["trained"].tokens), draws), (-everything, 0), "06_dark_controls",
+          "at one k and width, one SAE and one random dictionary"),
     claim("D12", "Dark matter", "Simpler predictors of the norm are far behind x (from memory): the mean for the token.",
-          f"R² of ‖error‖² from x minus that from the token's mean, TopK at width {greatest}; ends of two intervals, apart",
+          f"R² of ‖error‖² from x minus that from the token's mean, JumpReLU near L0 = {ladder_k}; ends of two intervals, apart",
           Interval(whole.mean - token.mean, whole.low - token.high, whole.high - token.low), (0, everything),
-          "06_dark_baselines"),
+          "06_dark_baselines", "one SAE, over documents"),
+    claim("D15", "ours", "The direction that predicts a large error is one of large latents.",
+          "rank correlation of a latent's size with the change of predicted ‖error‖² along it, latents above the median size",
+          darkstudy.size_correlation(directions, draws), (0, 1), "06_dark_directions", "one JumpReLU SAE, over latents"),
     *(claim(f"D3{letter}", "Dark matter", "At a fixed L0 the nonlinear error hardly depends on the width (second-hand).",
             f"FVU_nl at width {greatest} over that at {other}; hardly: up to a tenth", levels("fvu_nonlinear", other),
-            (0.9, 1 / 0.9), "06_dark_breakdown", few)
+            (0.9, 1 / 0.9), "06_dark_breakdown", topk_only)
       for letter, other in (("a", narrowest), ("b", sorted(widths)[len(widths) // 2]))),
     claim("D4", "Dark matter", "SAEs of all widths struggle with the same tokens.",
           f"R² of ‖error‖ at width {greatest} from that at {narrowest}, token by token; over 0.5 counts",
-          pair("error", narrowest, greatest), (0.5, 1), "06_dark_pairs", few),
+          pair("error", narrowest, greatest), (0.5, 1), "06_dark_pairs", topk_only),
+    claim("D4b", "ours", "So they do beyond what the token itself tells.",
+          f"share of what the token's mean leaves of ‖error‖ at width {greatest} that ‖error‖ at {narrowest} explains; over 0.1",
+          darkstudy.beyond_token(rungs.table, ladder_norms, narrowest, greatest, draws), (0.1, 1), "06_dark_pairs", topk_only),
     *(claim(f"D5{letter}", whose(name), f"Of the norms, that of the nonlinear error is predicted worst ({name}; second-hand).",
             f"R² of ‖nonlinear error‖² minus the least of the others', at L0 = {ladder_k}", norm_gap(name), (-everything, 0),
-            "06_dark_norms", few) for letter, name in zip("abcde", variants, strict=False)),
+            "06_dark_norms", few, reach) for letter, name in zip("abcde", variants, strict=False)),
     *(claim(f"D10{letter}", "ours", f"At equal L0 the errors of JumpReLU and {other} are equally linear (within 0.05).",
             f"pooled R² of the error from x at L0 = {ladder_k}, JumpReLU − {other}", apart(other, "l0", ladder_k), (-0.05, 0.05),
-            "06_dark_architectures", few) for letter, other in zip("abcd", list(variants)[1:], strict=False)),
+            "06_dark_architectures", few, reach) for letter, other in zip("abcd", list(variants)[1:], strict=False)),
     *(claim(f"D10{letter}", "ours", f"At equal FVU the errors of JumpReLU and {other} are equally linear (within 0.05).",
             f"pooled R² of the error from x at FVU = {shared_fvu[other]:.2f}, JumpReLU − {other}",
             apart(other, "fvu", shared_fvu[other]), (-0.05, 0.05), "06_dark_matched", few, "no FVU that both reach in every seed")
@@ -345,17 +349,24 @@ ledger("06", claims)[["id", "claim", "value", "low", "high", "verdict"]]
 # %% [markdown]
 # **What differs from the paper, and why.** These SAEs saw few tokens and Gemma Scope's billions; their model is small; all
 # positions after BOS count, where the authors begin at 200 (parameter `start`). About half of the vector is no mark of a
-# trained SAE: a random dictionary of the same k comes out not far from it (D11 and the figure of the controls), with a larger
-# FVU_nl, and what is linear only, a dead SAE or principal components, has no nonlinear error at all. The linear share falls
-# as L0 rises and is the same for JumpReLU, TopK and BatchTopK, at equal L0 and at equal FVU; errors of the L1 architectures
-# are far more linear in both comparisons (D10), as shrinkage is, though that reason was not tested. Of the norm less is
-# predictable than reported at this layer; it falls with depth, and after the first layer it is near what is reported. The
-# mean for the token predicts it at least as well as all of x does (D12): which tokens are hard is in large part a matter of
-# which tokens they are. The direction of x that predicts it is not that of large latents: latents of all sizes lie on both
-# sides of zero.
+# trained SAE: a random dictionary of the same k and width comes out not far from it (D11 and the figure of the controls),
+# with a larger FVU_nl, and what is linear only, a dead SAE or principal components, has no nonlinear error at all. The
+# linear share falls as L0 rises and as the width does, and is the same for JumpReLU, TopK and BatchTopK, at equal L0 and at
+# equal FVU; errors of the L1 architectures are far more linear in both comparisons (D10), as shrinkage is, though that
+# reason was not tested.
 #
-# Intervals are over documents and seeds, those of D11 and D12 over documents; all are for one split of the documents. SAEs of a
-# release, in the files of Gemma Scope, are decomposed in notebook 08.
+# The nonlinear error hardly depends on the width where SAEs are wider than the activation by a factor of four or more, as
+# reported; from 256 latents to more it rises a little (D3). SAEs of all widths struggle with the same tokens (D4), in part
+# because of which tokens they are: the mean for the token predicts ‖error‖² about as well as all of x does (D12), and what
+# it leaves is shared to a lesser degree (D4b). Of the norm less is predictable than reported at this layer; in the SAEs of
+# the last figure, of one seed, it falls with depth, and after the first layer it is near what is reported. That the norm of
+# the nonlinear error is the least predictable holds for some architectures and not for others (D5).
+#
+# The direction of x that predicts a large error is not that of large latents: along the atoms of the largest ones the
+# predicted error is smaller (D15).
+#
+# Intervals are over documents and seeds, except where the ledger says otherwise, and for one split of the documents. SAEs
+# of a release, in the files of Gemma Scope, are decomposed in notebook 08.
 #
 # ## Facts
 

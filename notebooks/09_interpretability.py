@@ -190,8 +190,8 @@ claims = [
             f"correlation of explanations, JumpReLU − {name}, at equal frequency",
             interp.difference(overall, next(iter(variants)), name, "correlation", draws), (0, everything), "09_interp_scores")
       for letter, name in (("a", "random directions"), ("b", "neurons"))),
-    claim("I3", "JumpReLU", "Frequent latents are harder to interpret.",
-          "correlation of explanations, latents above 10 % − others, all architectures",
+    claim("I3", "ours", "Frequent latents are harder to explain.",
+          "correlation of explanations, latents above 10 % − others, all architectures, latents of the sample counting alike",
           interp.difference(frequent, "frequent", "other", "correlation", draws), (-everything, 0), "09_interp_bands"),
     claim("J12", "JumpReLU", "r_L0 falls with L0.", "r_L0 of JumpReLU at the denser setting − at the sparser",
           interpstudy.uniformity_fall(runs, next(iter(variants)), lm, read_tokens[:uniform_rows], draws), (-everything, 0),
@@ -204,13 +204,13 @@ ledger("09", claims)[["id", "claim", "value", "low", "high", "verdict"]]
 # %% [markdown]
 # **What differs from the paper, and why.** Rules stand in for a language model, so a low score may mean a latent that rules
 # cannot say, and not one without meaning; scores compare latents with each other and with the baselines, and not with the
-# paper's. So read, the paper's finding holds: JumpReLU's latents are explained about as well as those of TopK, BatchTopK
-# and Gated at equal frequency (J11a to J11c); ReLU's a little better (J11d). Latents of a model with random weights score
-# above 0, as reported, but only just (J11e), and far less than trained ones. Random directions and the site's own
-# dimensions are explained to a good part: in a small model much of an activation follows from the last tokens alone, and
-# any direction that is cut off at a threshold picks some of them. What latents have beyond that is the difference (I2).
-# Frequent latents are harder to explain (I3). r_L0 lies where it is reported to lie, but here it does not fall with L0
-# beyond its interval (J12).
+# paper's. So read, the paper's finding holds for JumpReLU beside TopK, BatchTopK and Gated at equal frequency (J11a to
+# J11c); ReLU's latents share few bands of frequency with them (J11d). Settings are of about equal price and not of equal
+# L0. Latents of a model with random weights score above 0, as reported, but only just (J11e), and far less than trained
+# ones. Random directions and the site's own dimensions are explained to a good part, perhaps because in a small model much
+# of an activation follows from the last tokens alone; what latents have beyond that is the difference (I2). Frequent
+# latents are harder to explain (I3). JumpReLU's r_L0 lies where it is reported to lie, but does not fall with L0 beyond its
+# interval (J12); ReLU's is lower.
 #
 # Not done here: a language model as explainer (`jumprelu.explain_llm` takes a local one or an endpoint), ratings by people,
 # and the tables of `jumprelu.editing` (how few latents must be changed to change an answer) and `jumprelu.absorption`.

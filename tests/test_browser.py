@@ -24,6 +24,7 @@ from jumprelu.verdicts import read_key, score
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright (in the extra dev)")
 expect = playwright.expect
+expect.set_options(timeout=30_000)  # on cores that others use, five seconds may pass
 CHROMIUM = find()
 WITHOUT = "needs Chromium: python tests/chromium.py says how to get it"
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=WITHOUT)

@@ -242,4 +242,4 @@ def test_the_command_line_says_what_is_wrong(files, tmp_path, capsys):
     assert pages.main([str(files / "sae"), str(save_tiny("llama", tmp_path / "mute")), str(tmp_path / "o.html")]) == 2
     assert "has no tokenizer" in capsys.readouterr().err
     assert pages.main([str(tmp_path / "none"), str(files / "lm"), str(tmp_path / "o.html")]) == 2
-    assert capsys.readouterr().err.startswith("error: no SAE in")
+    assert capsys.readouterr().err.startswith("error: no SAE at")

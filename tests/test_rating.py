@@ -306,7 +306,7 @@ def test_a_study_from_the_command_line(tmp_path, capsys):
     ratings = write(tmp_path / "a.csv", exported(key, "YYNMYY"))
     assert rating.main(["score", str(key_path), str(ratings), "--out", str(tmp_path / "items.csv")]) == 0
     assert "6 items, 1 raters" in capsys.readouterr().out and len(pd.read_csv(tmp_path / "items.csv")) == 6
-    for wrong, message in [(["make", str(tmp_path / "o"), str(tmp_path / "none"), *options], "no SAE in"),
+    for wrong, message in [(["make", str(tmp_path / "o"), str(tmp_path / "none"), *options], "no SAE at"),
                            (["make", str(tmp_path / "o"), *map(str, folders * 2), *options], "given twice"),
                            ([*arguments, "--per-stratum", "99"], "were asked for"),
                            ([*arguments, "--lm", str(save_tiny("llama", tmp_path / "mute"))], "has no tokenizer"),

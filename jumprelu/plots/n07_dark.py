@@ -170,7 +170,7 @@ def dark_synthetic(data: pd.DataFrame) -> Figure:
     fig, ax = plt.subplots(figsize=(6.8, 4.2))
     synthetic = data[data.kind == "synthetic"]
     synthetic = synthetic.groupby(synthetic.groupby("seed").cumcount())[[*KNOB_LOOKS, "fvu_linear", "fvu_nonlinear"]].mean()
-    alone = (synthetic[list(KNOB_LOOKS)] > 0).sum(1) <= 1
+    alone = (synthetic[list(KNOB_LOOKS)] > 0).sum(axis=1) <= 1
     ax.scatter(synthetic.fvu_linear[~alone], synthetic.fvu_nonlinear[~alone], s=9, color="#c4c6ca", label="two or three of these")
     for knob, look in KNOB_LOOKS.items():
         others = [other for other in KNOB_LOOKS if other != knob]
