@@ -395,16 +395,18 @@ claims = [
 ledger("05", claims)[["id", "claim", "value", "low", "high", "verdict"]]
 
 # %% [markdown]
-# **What differs from the paper, and why.** With the wide ε that short runs start from, a pseudo-gradient to z did no harm in
-# these runs, and with a narrow one it did (J15a, J15i): what it costs depends on ε, and runs as short as these kill hardly any
-# latent. A wide ε makes for sparsity and costs fidelity, and with a narrow one θ rises more slowly, as Gemma Scope says, if
-# not by as much as "fail to train" (GFa to GFd).
+# **What differs from the paper, and why.** With the wide ε that short runs start from, a pseudo-gradient to z did no harm
+# in these runs, and with a narrow one it did (J15a, J15i): what it costs depends on ε, and runs as short as these kill
+# hardly any latent. A wide ε makes for sparsity and costs fidelity, and with a narrow one θ rises more slowly, as Gemma
+# Scope says, if not by as much as "fail to train" (GFa to GFd).
 #
-# A falling ε beat the wide one in FVU in the longer runs, and owes that to its narrow end: the ε of least error stayed where
-# it was along the run (A7), and ε fixed at that width did as well (A3). So no schedule became the default. In delta LM loss
-# none of these differences could be told from noise. For runs longer than the shortest here a narrower ε than the default 0.1
-# is the simpler choice, `TrainConfig(bandwidth=0.02)`. Momentum is worth as much (A8), to TopK as well: the paper's β₁ = 0 is
-# not the best for short runs either.
+# A falling ε beat the wide one a little in FVU in the longer runs, and owes that to its narrow end: the ε of least error
+# stayed where it was along the run (A7), and ε fixed at that width did as well (A3). In delta LM loss none of these
+# differences could be told from noise. It does not last: in the `thorough` profile, from half a million to four million
+# tokens, nothing is left of it at equal L0, though there the ε of least error does fall along the run. So no schedule
+# became the default. At one price a wide ε ends far sparser, and the longer the run the more so; curves that do not overlap
+# in L0 can look like a large gain, which is why the wide ε has two prices here. Momentum is worth more (A8), to TopK as
+# well: the paper's β₁ = 0 is not the best for short runs either.
 #
 # ## Facts
 
