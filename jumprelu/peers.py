@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .formats import Parts, fold
 from .sae import SAE, Origin
 
 DISTRIBUTIONS = {"SAELens": "sae-lens", "dictionary_learning": "dictionary-learning", "sparsify": "eai-sparsify"}
@@ -72,11 +73,9 @@ def in_our_form(architecture: str, W_enc: torch.Tensor, b_enc: torch.Tensor, W_d
     Shapes as for :class:`jumprelu.SAE`; b_in: [d_in]. Norms of atoms move into the encoder, except for TopK, where that
     would change which latents are the largest.
     """
-    norm = W_dec.norm(dim=-1) if k is None else torch.ones_like(b_enc)
-    offset = b_enc - (b_in * torch.ones_like(b_dec)) @ W_enc
-    return SAE(W_enc * norm, scale * norm * offset, W_dec / norm[:, None], scale * b_dec,
-               scale * norm * (threshold * torch.ones_like(b_enc)).clamp_min(0), k=k,
-               origin=Origin(architecture=architecture, input_scale=scale))  # fmt: skip
+    parts = Parts(W_enc, b_enc, W_dec, b_dec, threshold, b_in * torch.ones_like(b_dec), scale, k,
+                  origin=Origin(architecture=architecture, input_scale=scale))  # fmt: skip
+    return fold(parts)[0]
 
 
 def _no_such(peer: str, architecture: str, known: dict[str, Any]) -> ValueError:

@@ -304,18 +304,19 @@ ledger("07", claims)[["id", "claim", "value", "low", "high", "verdict"]]
 # %% [markdown]
 # **What differs from the paper, and why.** On the mean of its harm when it is missing and of the gain when it is given
 # back, the nonlinear error does harm nearly in proportion to its size (D7a); but the two are far from 1 on either side
-# (D7d, D7e), since a model that is already disturbed suffers less from more. The narrowest SAEs do not settle it (D7b).
-# SAEs on the nonlinear error do worse, and have latents of less uniform contexts (D6); purity is no rating by a reader. A
-# greedy search for the code at equal L0 lowers the error by far more than the few per cent that are reported for Gemma
-# Scope's, and the more so the wider the SAE (D8); so no earlier component explains more of the nonlinear error of the same
-# SAEs than the search removes (D9). A likely reason is the training, of minutes and not of days: an encoder that lags
-# behind its dictionary leaves more to a search. That was not tested; longer runs would tell.
+# (D7d, D7e): both parts missing together cost more than the sum of each missing alone, so that giving one back looks like
+# more than its share and missing it alone like less. The narrowest SAEs do not settle it (D7b). SAEs on the nonlinear error
+# do worse, and have latents of less uniform contexts (D6); purity is no rating by a reader. A greedy search for the code at
+# equal L0 lowers the error by far more than the few per cent that are reported for Gemma Scope's, and the more so the wider
+# the SAE (D8); so no earlier component explains more of the nonlinear error of the same SAEs than the search removes (D9).
+# A likely reason is the training, of minutes and not of days: an encoder that lags behind its dictionary leaves more to a
+# search. That was not tested; longer runs would tell.
 #
 # Where the causes are known, correlations come out as the paper's, by and large (D13a to D13d); they say what grows with
 # what, and not what an error consists of. Of dense noise alone less than half becomes linear error (D13e): where s varies
 # much more than the noise does, the noise is hidden under it and x says nothing of it; where s varies little, it is read
-# off x. What absent features leave is mostly linear (D13f). The causes that were tried do not make up real SAEs: these have
-# more nonlinear error than absent features leave, but for the narrowest ones, and more than dense noise of up to 0.3 of the
+# off x. What absent features leave is mostly linear (D13f). The causes that were tried do not make up real SAEs: but for
+# the narrowest these have more nonlinear error than absent features leave, and more than dense noise of up to 0.3 of the
 # variance makes, alone or with absent features; noise in the reconstruction, that is, an encoder's own errors, could make
 # up the difference.
 #
