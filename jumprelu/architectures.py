@@ -3,7 +3,8 @@
 Notable here:
 - one naming for all: W_enc, b_enc, W_dec, b_dec, threshold; Gated adds r_mag and b_mag, its gate is (W_enc, b_enc).
 - initialisation of the paper: atoms He-uniform, then unit-norm; W_enc = W_decᵀ, then untied; biases zero.
-- the encoder sees x − b_dec while training; :meth:`Trainee.fold` removes that, and the input scale, at the end.
+- the encoder sees x − b_dec while training; :meth:`Trainee.fold` removes that, and the input scale, at the end. A transcoder,
+  whose output is not of x's kind, subtracts the mean input instead.
 - :meth:`Trainee.loss` returns every term by name, so a log can show what the sum hides.
 - a pass has a layout: all of [batch, d_sae], or only the entries that loss and gradients depend on, whichever is faster
   for the batch at hand. Values and gradients are the same to rounding (`sparse.py`).
@@ -19,10 +20,11 @@ from typing import NamedTuple
 import torch
 
 from . import losses, sparse
+from .distributed import ALONE, Sharded, Team
 from .estimators import REACH, heaviside, jump_relu, kernel, step
 from .losses import DENSE, Layout
 from .recipe import TrainConfig
-from .sae import SAE, Origin
+from .sae import SAE, Origin, Transcoder
 
 WIDEST = 4.0
 """A latent's bandwidth is at most this many times ε, and at least ε over this many."""
@@ -38,7 +40,7 @@ class Forward(NamedTuple):
     threshold: torch.Tensor
     acts: torch.Tensor
     x_hat: torch.Tensor
-    layout: Layout
+    layout: Layout | Sharded
 
 
 class StepDiagnostics(NamedTuple):
@@ -57,11 +59,15 @@ class StepDiagnostics(NamedTuple):
 
 
 class Trainee(torch.nn.Module):
-    """A sparse autoencoder in training. d_in: width of the activations; config: see :class:`TrainConfig`."""
+    """A sparse autoencoder in training. d_in: width of the activations; config: see :class:`TrainConfig`.
 
-    def __init__(self, d_in: int, config: TrainConfig, generator: torch.Generator | None = None):
+    transcoder: what it predicts is not its input. team: the processes among which tokens and latents are dealt out.
+    """
+
+    def __init__(self, d_in: int, config: TrainConfig, generator: torch.Generator | None = None, transcoder: bool = False,
+                 team: Team = ALONE):
         super().__init__()
-        self.config = config
+        self.config, self.transcoder, self.team = config, transcoder, team
         bound = (6 / d_in) ** 0.5  # He-uniform with fan-in d_in; the norm is set next
         atoms = torch.rand(config.d_sae, d_in, generator=generator) * 2 * bound - bound
         atoms /= atoms.norm(dim=-1, keepdim=True)
@@ -79,6 +85,14 @@ class Trainee(torch.nn.Module):
             self.register_buffer("batch_threshold", torch.zeros(()))
         if config.bandwidth_by_density:  # of pre-activations at their threshold: a running mean, zeros before the first step
             self.register_buffer("density", torch.zeros(config.d_sae))
+        if transcoder:  # the mean input
+            self.register_buffer("b_in", torch.zeros(d_in))
+        team.shard(self)
+
+    @property
+    def centre(self) -> torch.Tensor:
+        """What the encoder subtracts from its input, [d_in]."""
+        return self.b_in if self.transcoder else self.b_dec
 
     @property
     def threshold(self) -> torch.Tensor:
@@ -117,7 +131,7 @@ class Trainee(torch.nn.Module):
         c = self.config
         if x.device.type != "cpu" or c.preactivation or sparse.DENSE_ABOVE <= 0:  # that loss touches every latent
             return DENSE
-        centred, low = x - self.b_dec, torch.zeros_like(self.b_enc)
+        centred, low = x - self.centre, torch.zeros_like(self.b_enc)
         if c.architecture == "topk":
             few = c.k <= sparse.DENSE_ABOVE * c.d_sae
             return sparse.largest(centred, self.W_enc, self.b_enc, c.k, c.topk_buckets) if few else DENSE
@@ -144,7 +158,8 @@ class Trainee(torch.nn.Module):
         """x: [batch, d_in] in normalised units; bandwidth: ε at this step, a number or [d_sae]; layout: default is that of
         :meth:`layout`."""
         c, layout = self.config, self.layout(x, bandwidth) if layout is None else layout
-        pre, threshold = layout.encode(x, self.W_enc, self.b_enc, self.b_dec), layout.at(self.threshold)
+        dense, layout = layout is DENSE, self.team.layout(layout)
+        pre, threshold = layout.encode(x, self.W_enc, self.b_enc, self.centre), layout.at(self.threshold)
         match c.architecture:
             case "relu":
                 acts = pre.relu()
@@ -153,7 +168,7 @@ class Trainee(torch.nn.Module):
             case "gated":
                 magnitude = (pre - layout.at(self.b_enc)) * layout.at(self.r_mag.exp()) + layout.at(self.b_mag)
                 acts = heaviside(pre, 0) * magnitude.relu()
-            case "topk" if layout is DENSE:
+            case "topk" if dense:
                 values, index = sparse.top(pre.relu(), c.k, c.topk_buckets)
                 acts = torch.zeros_like(pre).scatter(-1, index, values)
             case "topk":
@@ -171,12 +186,12 @@ class Trainee(torch.nn.Module):
         return Forward(pre, threshold, acts, layout.decode(acts, self.W_dec) + self.b_dec, layout)
 
     def loss(self, x: torch.Tensor, out: Forward, sparsity: float, bandwidth: float | torch.Tensor,
-             dead: torch.Tensor) -> dict[str, torch.Tensor]:
+             dead: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Terms whose sum is minimised. sparsity: λ at this step; bandwidth: as given to :meth:`forward`; dead: bool [d_sae],
-        for AuxK."""
-        c, layout = self.config, out.layout
+        for AuxK; target: what a transcoder predicts, [batch, d_in] in its own normalised units; default is x."""
+        c, layout, target = self.config, out.layout, x if target is None else target
         bandwidth = _at_entries(layout, bandwidth)
-        terms = {"reconstruction": losses.reconstruction(x, out.x_hat)}
+        terms = {"reconstruction": losses.reconstruction(target, out.x_hat)}
         norms = self.W_dec.norm(dim=-1) if not c.unit_norm_atoms else torch.ones_like(self.b_enc)
         match c.loss:
             case "l1":
@@ -200,11 +215,11 @@ class Trainee(torch.nn.Module):
             terms["preactivation"] = c.preactivation * losses.preactivation(out.pre, out.threshold, norms)
         if c.architecture in ("topk", "batchtopk") and c.aux_coefficient:
             index = dead.nonzero().squeeze(-1)
-            pre = DENSE.encode(x, self.W_enc[:, index], self.b_enc[index], self.b_dec)
-            terms["aux"] = c.aux_coefficient * losses.auxk(x - out.x_hat, pre, self.W_dec[index], c.k_aux)
+            pre = DENSE.encode(x, self.W_enc[:, index], self.b_enc[index], self.centre)
+            terms["aux"] = c.aux_coefficient * losses.auxk(target - out.x_hat, pre, self.W_dec[index], c.k_aux)
         if c.architecture == "gated":
             frozen = layout.decode(out.pre.relu(), self.W_dec.detach()) + self.b_dec.detach()
-            terms["aux"] = losses.reconstruction(x, frozen)
+            terms["aux"] = losses.reconstruction(target, frozen)
         return terms
 
     @torch.no_grad()
@@ -224,11 +239,12 @@ class Trainee(torch.nn.Module):
             travel = (theta.clamp_min(1e-12).log() - torch.tensor(self.config.threshold_init).log()).abs().mean()
             to_theta = 1 / theta if self.config.log_threshold else torch.ones_like(theta)  # ∂/∂θ from ∂/∂log θ
         push = {"reconstruction": 0.0, "sparsity": 0.0}
-        for name in push.keys() & terms.keys():
+        for name in (name for name in push if name in terms):
             (gradient,) = torch.autograd.grad(terms[name], self.threshold_parameter, retain_graph=True)
-            push[name] = (gradient * to_theta).abs().mean().item()
-        return StepDiagnostics(reached.mean().item(), travel.item(), push["reconstruction"], push["sparsity"],
-                               (reached > 0).float().mean().item())  # fmt: skip
+            push[name] = (self.team.mean(gradient) * to_theta).abs().mean().item()
+        found = torch.tensor([reached.mean().item(), travel.item(), push["reconstruction"], push["sparsity"],
+                              (reached > 0).float().mean().item()], device=theta.device)  # fmt: skip
+        return StepDiagnostics(*(self.team.sum_latents(found) / self.team.latents).tolist())
 
     @torch.no_grad()
     def resample(self, x: torch.Tensor, dead: torch.Tensor, bandwidth: float | torch.Tensor,
@@ -259,16 +275,18 @@ class Trainee(torch.nn.Module):
         return index
 
     @torch.no_grad()
-    def fold(self, input_scale: float, model_name: str | None = None, site: str | None = None, layer: int | None = None) -> SAE:
+    def fold(self, input_scale: float, model_name: str | None = None, site: str | None = None, layer: int | None = None,
+             target_scale: float | None = None) -> SAE:
         """The inference form, for raw activations x_raw = input_scale · x.
 
         W_enc stays; b_enc' = C·(b_enc − b_dec W_enc); b_dec' = C·b_dec; θ' = C·θ; atoms brought to norm 1 and
         their norm moved into the encoder (ReLU and JumpReLU are positively homogeneous). TopK keeps the exact k largest,
-        also where `topk_buckets` made training approximate.
+        also where `topk_buckets` made training approximate. A transcoder's output is C_y times what it was trained for, C_y =
+        `target_scale`: f' = C_y·f, so W_enc' = (C_y/C)·W_enc, and C_y takes the place of C elsewhere.
         """
-        c, C = self.config, float(input_scale)
+        c, C = self.config, float(input_scale if target_scale is None else target_scale)
         W_enc, b_enc, threshold = self.W_enc.clone(), self.b_enc.clone(), self.threshold.clone()
-        offset = -(self.b_dec @ W_enc)
+        offset = -(self.centre @ W_enc)
         if c.architecture == "gated":  # π_gate > 0  ⇔  π_mag > b_mag − e^r b_gate
             gain = self.r_mag.exp()
             threshold = (self.b_mag - gain * b_enc).clamp_min(0)
@@ -279,9 +297,10 @@ class Trainee(torch.nn.Module):
         if c.architecture == "topk":  # moving norms into the encoder would change which latents are the largest
             norm = torch.ones_like(norm)
         training = json.loads(json.dumps(dataclasses.asdict(c)))  # as it will be read back: lists for tuples
-        origin = Origin(model_name, site, layer, c.architecture, C, training)
-        return SAE(W_enc * norm, C * norm * (b_enc + offset), self.W_dec / norm[:, None], C * self.b_dec,
-                   C * norm * threshold, k=c.k if c.architecture == "topk" else None, origin=origin)  # fmt: skip
+        origin = Origin(model_name, site, layer, c.architecture, float(input_scale), training)
+        kind, W_enc = (Transcoder, W_enc * (C / input_scale)) if self.transcoder else (SAE, W_enc)
+        return kind(W_enc * norm, C * norm * (b_enc + offset), self.W_dec / norm[:, None], C * self.b_dec,
+                    C * norm * threshold, k=c.k if c.architecture == "topk" else None, origin=origin)  # fmt: skip
 
 
 def _at_entries(layout: Layout, bandwidth: float | torch.Tensor) -> float | torch.Tensor:

@@ -4,7 +4,10 @@
     mlp_out      what the MLP adds to the residual stream; Gemma 2: after its post-norm [batch, positions, d_model]
     attn_out     the heads, concatenated, before the output projection        [batch, positions, n_heads · head_dim]
 
-(The three sites of Gemma Scope, Lieberum et al. 2024, section on the training data.)
+(The three sites of Gemma Scope, Lieberum et al. 2024, section on the training data.) Transcoders, which predict mlp_out, read
+
+    mlp_in               what the MLP gets, after the norm before it              [batch, positions, d_model]
+    mlp_in_before_gain   the same before that norm's gain, as Gemma Scope's transcoders do; models of Gemma's family only
 
 Notable here:
 - a layout is four names of modules. A model whose blocks have other children is refused, with the list of what was
@@ -23,6 +26,7 @@ import torch
 from .lm import LM
 
 SITES = ("resid_post", "mlp_out", "attn_out")
+INPUTS = ("mlp_in", "mlp_in_before_gain")
 
 Key = tuple[str, int]
 """(site, layer)."""
@@ -32,7 +36,7 @@ class Layout(NamedTuple):
     """Where a family of models keeps what the sites need; names of modules."""
 
     blocks: str
-    """The list of blocks, from the model."""
+    """The list of blocks, from the model; each has its MLP as `mlp`."""
     projection: str
     """The attention's output projection, from a block; its input is `attn_out`."""
     mlp: tuple[str, ...]
@@ -117,6 +121,21 @@ def splice(lm: LM, site: str, layer: int, fn: Callable[[torch.Tensor], torch.Ten
 
 
 @contextmanager
+def watch(lm: LM, site: str, layer: int) -> Iterator[list[torch.Tensor]]:
+    """Within it, a list with the value at (site, layer) of the last forward pass, once that pass has come so far."""
+    seen: list[torch.Tensor] = []
+
+    def keep(value: torch.Tensor) -> None:
+        seen[:] = [value]
+
+    handle = _attach(_locate(lm, site, layer), keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def record_blocks(lm: LM, layers: Iterable[int]) -> Iterator[dict[int, Any]]:
     """Within it, what each block of `layers` returned in the last forward pass, by layer, for :func:`resume_after`."""
     _, blocks = _layout(lm.model)
@@ -162,11 +181,13 @@ class _Place(NamedTuple):
     module: torch.nn.Module
     is_input: bool
     """The value is the module's input, not its output."""
+    gain: torch.Tensor | None = None
+    """The value is what the module gets, divided by this."""
 
 
 def _locate(lm: LM, site: str, layer: int) -> _Place:
-    if site not in SITES:
-        raise ValueError(f"unknown site {site!r}: expected one of {', '.join(SITES)}")
+    if site not in SITES + INPUTS:
+        raise ValueError(f"unknown site {site!r}: expected one of {', '.join(SITES + INPUTS)}")
     layout, blocks = _layout(lm.model)
     if not isinstance(layer, int) or not 0 <= layer < len(blocks):
         raise ValueError(f"unknown layer {layer!r}: {lm.name} has layers 0 to {len(blocks) - 1}")
@@ -175,6 +196,13 @@ def _locate(lm: LM, site: str, layer: int) -> _Place:
         return _Place(block, is_input=False)
     if site == "attn_out":
         return _Place(block.get_submodule(layout.projection), is_input=True)
+    if site == "mlp_in":
+        return _Place(block.mlp, is_input=True)
+    if site == "mlp_in_before_gain":
+        norm = getattr(block, "pre_feedforward_layernorm", None)
+        if norm is None or not type(norm).__name__.startswith("Gemma"):  # whose gain is 1 + weight
+            raise ValueError(f"mlp_in_before_gain is a site of models of Gemma's family, and {lm.name} is none: take mlp_in")
+        return _Place(block.mlp, is_input=True, gain=1 + norm.weight.detach())
     return _Place(next(getattr(block, name) for name in layout.mlp if hasattr(block, name)), is_input=False)
 
 
@@ -208,8 +236,8 @@ def _attach(place: _Place, fn: Callable[[torch.Tensor], torch.Tensor | None]) ->
     """Call `fn` with the value whenever the module runs; what it returns, unless None, takes the value's place."""
 
     def before(module, args):
-        new = fn(args[0])
-        return None if new is None else (new, *args[1:])
+        new = fn(args[0] if place.gain is None else args[0] / place.gain)
+        return None if new is None else (new if place.gain is None else new * place.gain, *args[1:])
 
     def after(module, args, output):  # a tensor, or a tuple that begins with it
         if isinstance(output, torch.Tensor):

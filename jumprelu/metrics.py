@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .corpus import Tokens, as_tokens
-from .hooks import Key, capture, record_blocks, resume_after, splice
+from .hooks import Key, capture, record_blocks, resume_after, splice, watch
 from .intervals import Estimate, ratio_estimate, share_estimate
 from .lm import LM
-from .sae import SAE
+from .sae import SAE, Transcoder
 
 GROUPS = 32
 """Documents are dealt into this many groups for the jackknife of the shares of latents."""
@@ -134,6 +134,8 @@ def evaluate(sae: SAE, lm: LM, tokens: Tokens | torch.Tensor, site: str | None =
              batch_rows: int | None = None) -> Report:
     """Sparsity and fidelity of an SAE, and what it costs the language model, on held-out tokens.
 
+    A :class:`jumprelu.sae.Transcoder` reads at its site and is spliced in at mlp_out of the same layer; FVU is of that.
+
     tokens: rows of ids, [n_rows, context_size] (:func:`jumprelu.tokenize`, or a plain tensor: one document a row).
     site, layer: default is where the SAE was trained. batch_rows: rows a forward pass, by default
     :meth:`LM.rows_at_once`. The SAE may be on another device than the model. Returns a :class:`Report`.
@@ -155,7 +157,8 @@ def evaluate_many(saes: Sequence[SAE], lm: LM, tokens: Tokens | torch.Tensor, si
     batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
     special = torch.tensor(lm.special_ids, device=lm.device)
     names, document = tokens.document.unique(return_inverse=True)
-    places = [_place(sae, lm, tokens, site, layer) for sae in saes]
+    read = [_place(sae, lm, tokens, site, layer) for sae in saes]
+    places = [("mlp_out", n) if isinstance(sae, Transcoder) else (at, n) for sae, (at, n) in zip(saes, read, strict=True)]
     # the last block whose output splicing cannot change, or is about to replace: later passes begin there
     before = [at_layer if at_site == "resid_post" else at_layer - 1 for at_site, at_layer in places]
     saes = [sae if sae.W_enc.device == lm.device else copy.deepcopy(sae).to(lm.device) for sae in saes]  # the caller's stays
@@ -175,17 +178,18 @@ def evaluate_many(saes: Sequence[SAE], lm: LM, tokens: Tokens | torch.Tensor, si
         with record_blocks(lm, [known for known in before if known >= 0]) as blocks:
             log_p = log_probabilities()
         p, loss = log_p.exp(), F.nll_loss(log_p, target, reduction="none").double()
-        for sae, (at_site, at_layer), known, own, l0 in zip(saes, places, before, sums, l0_per_token, strict=True):
+        for sae, source, place, known, own, l0 in zip(saes, read, places, before, sums, l0_per_token, strict=True):
+            with watch(lm, *source) as seen:
 
-            def replace(value: torch.Tensor, keep=keep, owner=owner, sae=sae, own=own, l0=l0) -> torch.Tensor:
-                x = value[keep].to(sae.W_enc.dtype)
-                acts = sae.encode(x, sparse=True)
-                x_hat = sae.decode(acts)
-                l0.append(own.add_activations(x, x_hat, acts, owner[keep]).cpu())
-                return value.index_put((keep,), x_hat.to(value.dtype))
+                def replace(value: torch.Tensor, keep=keep, owner=owner, sae=sae, own=own, l0=l0, seen=seen) -> torch.Tensor:
+                    x, target = seen[0][keep].to(sae.dtype), value[keep].to(sae.dtype)
+                    acts = sae.encode(x, sparse=True)
+                    x_hat = sae.decode(acts) if getattr(sae, "W_skip", None) is None else sae.decode(acts) + x @ sae.W_skip
+                    l0.append(own.add_activations(target, x_hat, acts, owner[keep]).cpu())
+                    return value.index_put((keep,), x_hat.to(value.dtype))
 
-            with splice(lm, at_site, at_layer, replace), resume_after(lm, known, blocks.get(known)):
-                log_q = log_probabilities()
+                with splice(lm, *place, replace), resume_after(lm, known, blocks.get(known)):
+                    log_q = log_probabilities()
             own.predicted.index_add_(0, owners, ones)
             own.loss.index_add_(0, owners, loss)
             own.spliced.index_add_(0, owners, F.nll_loss(log_q, target, reduction="none").double())

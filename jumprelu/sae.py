@@ -77,6 +77,15 @@ class SAE(torch.nn.Module):
         return self.W_enc.shape[1]
 
     @property
+    def device(self) -> torch.device:
+        return self.W_enc.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all arrays but `threshold`, which stays float32."""
+        return self.W_enc.dtype
+
+    @property
     def input_scale(self) -> float:
         return self.origin.input_scale
 
@@ -144,13 +153,39 @@ class SAE(torch.nn.Module):
         """Write `sae.safetensors` and `cfg.json` to `folder`, each whole or not at all; returns the folder."""
         folder = Path(folder)
         write_tensors(folder / WEIGHTS, dict(self.named_parameters()))
-        write_json(folder / CONFIG, {"format": FORMAT, "d_in": self.d_in, "d_sae": self.d_sae, "k": self.k,
-                                     "sha256": sha256(folder / WEIGHTS), **self.origin._asdict()})  # fmt: skip
+        write_json(folder / CONFIG, {"format": FORMAT, "kind": type(self).__name__, "d_in": self.d_in, "d_sae": self.d_sae,
+                                     "k": self.k, "sha256": sha256(folder / WEIGHTS), **self.origin._asdict()})  # fmt: skip
         return folder
 
     def extra_repr(self) -> str:
         o = self.origin
         return f"{o.architecture}, d_in={self.d_in}, d_sae={self.d_sae}, {o.model_name}, {o.site}, layer={o.layer}"
+
+
+class Transcoder(SAE):
+    """Predicts an MLP's output from its input with sparse latents; the arrays of an SAE, and perhaps a skip connection.
+
+        ŷ = f(x) W_dec + b_dec + x W_skip
+
+    W_skip: [d_in, d_in], or None. `encode` and `decode` are those of :class:`SAE`; `decode` cannot add the skip connection,
+    `forward` does. Raises ValueError when the shapes do not belong together.
+    """
+
+    def __init__(self, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor, b_dec: torch.Tensor,
+                 threshold: torch.Tensor, W_skip: torch.Tensor | None = None, k: int | None = None,
+                 origin: Origin = Origin()):  # noqa: B008
+        super().__init__(W_enc, b_enc, W_dec, b_dec, threshold, k, origin)
+        if W_skip is not None and tuple(W_skip.shape) != (self.d_in, self.d_in):
+            raise ValueError(f"W_skip has shape {tuple(W_skip.shape)}, expected [d_in, d_in] = {(self.d_in, self.d_in)}")
+        self.register_parameter("W_skip", None if W_skip is None else torch.nn.Parameter(W_skip.detach().clone()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """ŷ, [..., d_in], of the MLP input x: [..., d_in]."""
+        y = super().forward(x)
+        return y if self.W_skip is None else y + x @ self.W_skip
+
+
+KINDS = {kind.__name__: kind for kind in (SAE, Transcoder)}
 
 
 def _as_coo(support: Support) -> torch.Tensor:
@@ -186,4 +221,5 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu", dtype: torc
         raise ValueError(f"{folder / WEIGHTS} is not the file that {CONFIG} was written with: copy or save both again")
     origin = Origin(**{name: config[name] for name in Origin._fields})
     threshold = tensors.pop("threshold")
-    return SAE(**{name: tensor.to(dtype) for name, tensor in tensors.items()}, threshold=threshold, k=config["k"], origin=origin)
+    kind = KINDS[config.get("kind", SAE.__name__)]
+    return kind(**{name: tensor.to(dtype) for name, tensor in tensors.items()}, threshold=threshold, k=config["k"], origin=origin)

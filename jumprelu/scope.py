@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from . import formats, hub, sae
 from .files import read_json, writing
-from .sae import SAE, Origin
+from .sae import SAE, Origin, Transcoder
 
 ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 OPTIONAL = ("scaling_factor", "affine_skip_connection")
@@ -53,31 +53,6 @@ _RELEASE = re.compile(r"gemma-scope-(?P<two>2-)?(?P<size>\d+[mb])-(?P<kind>pt|it
 _FIRST = re.compile(r"(layer_(?P<layer>\d+)|embedding)/width_(?P<width>\d+[km])/average_l0_(?P<l0>\d+)/params\.npz$")
 _SECOND = re.compile(r"(?P<site>resid_post|mlp_out|attn_out|transcoder)(?P<all>_all)?/layer_(?P<layer>\d+)_width_"
                      r"(?P<width>\d+[km])_l0_(?P<l0>small|medium|big)(_(?P<variant>\w+))?/params\.safetensors$")
-
-
-class Transcoder(SAE):
-    """Predicts an MLP's output from its input with sparse latents; the arrays of an SAE, and perhaps a skip connection.
-
-        ŷ = f(x) W_dec + b_dec + x W_skip
-
-    W_skip: [d_in, d_in], or None. `encode` and `decode` are those of :class:`SAE`; `decode` cannot add the skip connection,
-    `forward` does. Raises ValueError when the shapes do not belong together.
-    """
-
-    def __init__(self, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor, b_dec: torch.Tensor,
-                 threshold: torch.Tensor, W_skip: torch.Tensor | None = None, origin: Origin = Origin()):  # noqa: B008
-        super().__init__(W_enc, b_enc, W_dec, b_dec, threshold, origin=origin)
-        if W_skip is not None and tuple(W_skip.shape) != (self.d_in, self.d_in):
-            raise ValueError(f"W_skip has shape {tuple(W_skip.shape)}, expected [d_in, d_in] = {(self.d_in, self.d_in)}")
-        self.register_parameter("W_skip", None if W_skip is None else torch.nn.Parameter(W_skip.detach().clone()))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """ŷ, [..., d_in], of the MLP input x: [..., d_in]."""
-        y = super().forward(x)
-        return y if self.W_skip is None else y + x @ self.W_skip
-
-    def save(self, folder: str | Path) -> Path:
-        raise ValueError("a transcoder has no file format of this package: write it with save_gemma_scope")
 
 
 # ---- which SAEs there are ---------------------------------------------------------------------------------------------

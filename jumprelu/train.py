@@ -1,11 +1,14 @@
 """Train SAEs on harvested activations: `train(acts, TrainConfig(...)) -> (sae, log)`, and `train_many` for a sweep.
 
+Given targets besides, what is trained is a transcoder: it predicts them from the activations.
+
 Notable here:
 - a run is a function of (activations, config) alone. Killed at any step and started again with the same `out`,
   it ends with the very bits of an uninterrupted run: weights, both Adam moments, dead-latent counters, random
   state and the place in the data are one file, replaced by rename.
 - a sweep reads its data once for all runs that see the same batches. These take turns of a block of batches, small enough
   that it, and the weights of the run at work, stay in a cache; each run ends with the bits that it has when trained alone.
+- a team of processes takes the same steps as one (`distributed.py`); alone, its means and sums leave everything as it is.
 - the log holds what the loss hides: how many samples reach the thresholds, how far θ has travelled, which of
   reconstruction and sparsity pushes it, and whether more λ would still do anything.
 """
@@ -19,7 +22,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +32,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from .activations import Activations
-from .architectures import Trainee
+from .architectures import Forward, Trainee
+from .distributed import ALONE, Team
 from .estimators import heaviside
 from .files import digest, read_json, write_json, write_tensors, write_text
 from .optim import Adam
@@ -68,19 +72,23 @@ def measure_inputs(acts: Activations, device: torch.device) -> Inputs:
 
 
 class _State:
-    """Everything that the next step depends on. inputs: default is to measure them."""
+    """Everything that the next step depends on. inputs, outputs: default is to measure them; outputs: of a transcoder."""
 
-    def __init__(self, acts: Activations, config: TrainConfig, device: torch.device, inputs: Inputs | None = None):
-        self.config = config
+    def __init__(self, acts: Activations, config: TrainConfig, device: torch.device, inputs: Inputs | None = None,
+                 outputs: Inputs | None = None, team: Team = ALONE):
+        self.config, self.team = config, team
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.trainee = Trainee(acts.d_in, config, self.generator).to(device)
+        self.trainee = Trainee(acts.d_in, config, self.generator, outputs is not None, team).to(device)
         inputs = inputs or measure_inputs(acts, device)
-        self.input_scale = inputs.scale
+        outputs = outputs or inputs
+        self.input_scale, self.target_scale = inputs.scale, outputs.scale
         if config.mean_b_dec:
-            self.trainee.b_dec.data = inputs.mean / inputs.scale
+            self.trainee.b_dec.data = outputs.mean / outputs.scale
+            if self.trainee.transcoder:
+                self.trainee.b_in.copy_(inputs.mean / inputs.scale)
         unit_norm = ("W_dec",) if config.unit_norm_atoms else ()
         self.optimizer = Adam(dict(self.trainee.named_parameters()), config.betas, config.adam_eps, unit_norm)
-        self.silent = torch.zeros(config.d_sae, device=device)  # tokens since each latent last fired
+        self.silent = torch.zeros(len(self.trainee.b_enc), device=device)  # tokens since each latent last fired
         self.step = 0
         self.log: list[dict[str, float]] = []
 
@@ -89,13 +97,16 @@ class _State:
         for name, moments in self.optimizer.moments.items():
             tensors |= {f"adam.{key}.{name}": value for key, value in moments.items()}
         tensors |= {"silent": self.silent, "generator": self.generator.get_state()}
-        metadata = {"step": self.step, "input_scale": self.input_scale.hex(), "identity": identity, "log": self.log}
-        write_tensors(path, tensors, {"state": json.dumps(metadata)})
+        tensors = {name: self.team.gather(name, tensor) for name, tensor in tensors.items()}
+        metadata = {"step": self.step, "input_scale": self.input_scale.hex(), "target_scale": self.target_scale.hex(),
+                    "identity": identity, "log": self.log}  # fmt: skip
+        if self.team.first:
+            write_tensors(path, tensors, {"state": json.dumps(metadata)})
 
     def load(self, path: Path, identity: str) -> None:
         try:
-            with safe_open(path, "pt", device=str(self.silent.device)) as f:
-                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+            with safe_open(path, "pt") as f:
+                tensors = {name: self.team.mine(name, f.get_tensor(name)) for name in f.keys()}  # noqa: SIM118 (not a dict)
                 metadata = json.loads(f.metadata()["state"])
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"the checkpoint {path} is damaged ({error}): delete it to start this run again") from error
@@ -106,40 +117,54 @@ class _State:
         for name, moments in self.optimizer.moments.items():
             for key, value in moments.items():
                 value.copy_(tensors[f"adam.{key}.{name}"])
-        self.silent = tensors["silent"]
-        self.generator.set_state(tensors["generator"].cpu())
+        self.silent.copy_(tensors["silent"])
+        self.generator.set_state(tensors["generator"])
         self.step, self.log = metadata["step"], metadata["log"]
         self.optimizer.steps = self.step
-        self.input_scale = float.fromhex(metadata["input_scale"])
+        self.input_scale, self.target_scale = (float.fromhex(metadata[name]) for name in ("input_scale", "target_scale"))
+
+    def fold(self, acts: Activations) -> SAE | None:
+        """The SAE of all latents, in the first process; None in others."""
+        trainee, team = self.trainee, self.team
+        if team.latents > 1:
+            whole = {name: team.gather(name, tensor) for name, tensor in trainee.state_dict().items()}
+            with torch.device("meta"):
+                trainee = Trainee(acts.d_in, self.config, None, trainee.transcoder)
+            trainee.load_state_dict(whole, assign=True)
+        if not team.first:
+            return None
+        return trainee.eval().fold(self.input_scale, acts.model_name, acts.site, acts.layer,
+                                   self.target_scale if trainee.transcoder else None)  # fmt: skip
 
 
-def _advance(state: _State, x: torch.Tensor, log_this: bool) -> dict[str, float] | None:
-    """One optimiser step on a normalised batch x: [batch, d_in]; returns a log row when asked to."""
-    config, trainee = state.config, state.trainee
+def _advance(state: _State, x: torch.Tensor, log_this: bool, target: torch.Tensor | None = None) -> dict[str, float] | None:
+    """One optimiser step on a normalised batch x: [batch, d_in], this process's part of it; returns a log row when asked to.
+
+    target: of a transcoder, [batch, d_in], normalised too.
+    """
+    config, trainee, team = state.config, state.trainee, state.team
     sparsity, base = sparsity_at(config, state.step), bandwidth_at(config, state.step)
     bandwidth = trainee.bandwidths(base)
+    target = x if target is None else target
     out = trainee(x, bandwidth)
-    terms = trainee.loss(x, out, sparsity, bandwidth, dead=state.silent >= config.dead_after)
+    terms = trainee.loss(x, out, sparsity, bandwidth, state.silent >= config.dead_after, target)
     row = None
     diagnostics = trainee.diagnose(out, terms, bandwidth) if log_this and config.architecture == "jumprelu" else None
     sum(terms.values()).backward()
+    team.average_gradients(trainee.parameters())
     with torch.no_grad():
         active = heaviside(out.acts, 0)
         fired = out.layout.per_latent(active) > 0
-        state.silent = (state.silent + len(x)) * ~fired
+        state.silent = (state.silent + len(x) * team.data) * ~fired
         trainee.update_density(out, bandwidth)
         if log_this:
-            row = {
-                "step": state.step, "tokens": state.step * config.batch_size, "sparsity": sparsity, "bandwidth": base,
-                **{f"loss_{name}": term.item() for name, term in terms.items()},
-                "l0": active.sum().item() / len(x),
-                "fvu": ((x - out.x_hat).square().sum() / (x - x.mean(0)).square().sum()).item(),
-                "dead": (state.silent >= config.dead_after).float().mean().item(),
-                "computed": out.acts.numel() / len(x) / config.d_sae,
-            }  # fmt: skip
+            row = {"step": state.step, "tokens": state.step * config.batch_size, "sparsity": sparsity, "bandwidth": base}
+            row |= {f"loss_{name}": team.mean(term.detach().clone()).item() for name, term in terms.items()}
+            row |= _measured(state, target, out, active)
             if diagnostics:
                 row |= diagnostics._asdict()
-                quantiles = torch.quantile(trainee.threshold, torch.tensor([0.05, 0.5, 0.95], device=x.device))
+                theta = team.gather("threshold", trainee.threshold)
+                quantiles = torch.quantile(theta, torch.tensor([0.05, 0.5, 0.95], device=x.device))
                 row |= dict(zip(("threshold_p05", "threshold_p50", "threshold_p95"), quantiles.tolist(), strict=True))
     lr = config.lr * lr_factor(config, state.step)
     multiples = {"threshold_parameter": config.threshold_lr}
@@ -149,6 +174,17 @@ def _advance(state: _State, x: torch.Tensor, log_this: bool) -> dict[str, float]
     if state.step in {round(share * config.steps) for share in config.resample}:
         _resample(state, x, bandwidth)
     return row
+
+
+def _measured(state: _State, target: torch.Tensor, out: Forward, active: torch.Tensor) -> dict[str, float]:
+    """What a log row has of a batch as a whole."""
+    config, team = state.config, state.team
+    dead = (state.silent >= config.dead_after).double().sum()
+    sums = torch.stack([active.sum().double() / len(target), dead, dead.new_tensor(out.acts.numel() / len(target))])
+    l0, dead, computed = team.sum_latents(team.mean(sums)).tolist()
+    mean = team.mean(target.mean(0))
+    missed, variance = team.mean(torch.stack([(target - out.x_hat).square().sum(), (target - mean).square().sum()])).tolist()
+    return {"l0": l0, "fvu": missed / variance, "dead": dead / config.d_sae, "computed": computed / config.d_sae}
 
 
 def _resample(state: _State, x: torch.Tensor, bandwidth: float | torch.Tensor) -> None:
@@ -185,6 +221,7 @@ class _Run:
     folder: Path | None
     identity: str
     log_every: int
+    team: Team = ALONE
     state: _State | None = None
     result: TrainResult | None = None
     saved_at: float = 0.0
@@ -198,7 +235,8 @@ class _Run:
     def checkpoint(self) -> Path | None:
         return self.folder / "checkpoint.safetensors" if self.folder else None
 
-    def open(self, acts: Activations, device: torch.device, inputs: Callable[[], Inputs]) -> None:
+    def open(self, acts: Activations, device: torch.device, measured: Callable[[], tuple[Inputs, Inputs | None]],
+             transcoder: bool) -> None:
         """Read back a finished run, go on with an interrupted one, or begin."""
         if self.folder and (self.folder / "run.json").exists():
             if read_json(self.folder / "run.json")["identity"] != self.identity:
@@ -207,20 +245,21 @@ class _Run:
             self.result = TrainResult(load_sae(self.folder, device), pd.read_csv(self.folder / "log.csv"))
         elif self.checkpoint and self.checkpoint.exists():
             unknown = Inputs(float("nan"), torch.zeros(acts.d_in, device=device))  # the checkpoint has the numbers
-            self.state = _State(acts, self.config, device, unknown)
+            self.state = _State(acts, self.config, device, unknown, unknown if transcoder else None, self.team)
             self.state.load(self.checkpoint, self.identity)
         else:
-            self.state = _State(acts, self.config, device, inputs())
+            self.state = _State(acts, self.config, device, *measured(), self.team)
         self.saved_at = time.monotonic()
 
-    def advance(self, x: torch.Tensor) -> dict[str, float] | None:
+    def advance(self, x: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, float] | None:
         """One step on a raw batch; returns a log row at the steps that have one."""
-        last = self.config.length - 1
-        row = _advance(self.state, x / self.state.input_scale, log_this=self.step % self.log_every == 0 or self.step == last)
+        state, last = self.state, self.config.length - 1
+        row = _advance(state, x / state.input_scale, self.step % self.log_every == 0 or self.step == last,
+                       None if target is None else target / state.target_scale)
         if row:
             _check_finite(self.state, self.title, row)
             self.state.log.append(row)
-            if not self.warned and _saturated(self.state.log, self.config):
+            if not self.warned and self.team.first and _saturated(self.state.log, self.config):
                 self.warned = True
                 warnings.warn(f"sparsity = {self.config.sparsity} is saturated: it pushes θ over {SATURATED:.0f} times as hard "
                               "as reconstruction resists, so θ moves at its learning rate and a larger sparsity will hardly "
@@ -234,14 +273,16 @@ class _Run:
 
     def finish(self, acts: Activations) -> None:
         _check_finite(self.state, self.title)
-        sae = self.state.trainee.eval().fold(self.state.input_scale, acts.model_name, acts.site, acts.layer)
+        sae = self.state.fold(acts)
         # a round trip through CSV, so that a finished run read back has the very same log
         text = pd.DataFrame(self.state.log).to_csv(index=False)
-        if self.folder:
+        if self.folder and self.team.first:
             sae.save(self.folder)
             write_text(self.folder / "log.csv", text)
             write_json(self.folder / "run.json", {"identity": self.identity, "config": dataclasses.asdict(self.config)})
             self.checkpoint.unlink(missing_ok=True)
+        self.team.wait()
+        sae = sae if self.team.first else load_sae(self.folder, self.state.silent.device)
         self.state, self.result = None, TrainResult(sae, pd.read_csv(io.StringIO(text)))
 
 
@@ -251,23 +292,28 @@ def _show(progress: tqdm, row: dict[str, float], batch_size: int, waiting: float
                          tokens_s=f"{rate * batch_size:.3g}", waiting=f"{waiting:.1%}")  # fmt: skip
 
 
-def _train_together(acts: Activations, runs: list[_Run], device: torch.device, checkpoint_seconds: float, progress: tqdm) -> None:
-    """Train runs that see the same batches, in one pass over them."""
+def _train_together(stores: Sequence[Activations], runs: list[_Run], device: torch.device, checkpoint_seconds: float,
+                    progress: tqdm) -> None:
+    """Train runs that see the same batches, in one pass over them. stores: activations, and what is predicted from them."""
     config, first, began = runs[0].config, min(run.step for run in runs), time.monotonic()
-    most = max(1, min(BLOCK, BLOCK_BYTES // (4 * config.batch_size * acts.d_in)))
-    with closing(acts.batches(config.batch_size, seed=config.data_order, start=first)) as batches:
+    acts, team = stores[0], runs[0].team
+    most = max(1, min(BLOCK, BLOCK_BYTES // (4 * config.batch_size * acts.d_in * len(stores))))
+    with ExitStack() as stack:
+        streams = [stack.enter_context(closing(store.batches(config.batch_size, seed=config.data_order, start=first)))
+                   for store in stores]  # fmt: skip
         while active := [run for run in runs if run.state]:
             wanted = min(most, max(run.config.length for run in active) - first)
-            block = [next(batches).to(device) for _ in range(wanted)]
+            block = [[team.share(next(stream)).to(device) for stream in streams] for _ in range(wanted)]
             for run in active:
                 progress.set_description(run.title, refresh=False)
                 try:
-                    for x in block[run.step - first : run.config.length - first]:  # a run that is ahead has seen some of them
-                        row = run.advance(x)
+                    for batch in block[run.step - first : run.config.length - first]:  # of which a run that is ahead saw some
+                        row = run.advance(*batch)
                         progress.update()
                         if row:
-                            _show(progress, row, config.batch_size, batches.waited / (time.monotonic() - began))
-                        if run.folder and time.monotonic() - run.saved_at > checkpoint_seconds:
+                            waited = sum(stream.waited for stream in streams)
+                            _show(progress, row, config.batch_size, waited / (time.monotonic() - began))
+                        if run.folder and team.agree(time.monotonic() - run.saved_at > checkpoint_seconds, device):
                             run.save()
                     if run.step == run.config.length:
                         run.finish(acts)
@@ -281,50 +327,83 @@ def _train_together(acts: Activations, runs: list[_Run], device: torch.device, c
 
 
 def _train_all(acts: Activations, configs: Sequence[TrainConfig], folders: Sequence[Path | None],
-               device: str | torch.device | None, checkpoint_seconds: float, log_rows: int) -> list[TrainResult]:
+               device: str | torch.device | None, checkpoint_seconds: float, log_rows: int, targets: Activations | None,
+               team: Team = ALONE) -> list[TrainResult]:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    inputs = functools.cache(functools.partial(measure_inputs, acts, device))  # once for all, and only if a run begins
+    stores = (acts,) if targets is None else (acts, targets)
+    if targets is not None:
+        _check_pair(acts, targets, configs)
+
+    @functools.cache  # once for all, and only if a run begins
+    def measured() -> tuple[Inputs, Inputs | None]:
+        return measure_inputs(acts, device), None if targets is None else measure_inputs(targets, device)
+
     runs = []
     for number, (config, folder) in enumerate(zip(configs, folders, strict=True), 1):
+        team.check(config)
         title = f"run {number} of {len(configs)}, " if len(configs) > 1 else "training "
-        identity = digest(acts.fingerprint, dataclasses.asdict(config), log_rows)
-        runs.append(_Run(config, title + config.architecture, folder, identity, max(1, config.steps // log_rows)))
-        runs[-1].open(acts, device, inputs)
+        identity = digest(*(store.fingerprint for store in stores), dataclasses.asdict(config), log_rows)
+        runs.append(_Run(config, title + config.architecture, folder, identity, max(1, config.steps // log_rows), team))
+        runs[-1].open(acts, device, measured, targets is not None)
     groups: dict[tuple[int, int], list[_Run]] = {}
     for run in runs:
         if run.state:
             groups.setdefault((run.config.batch_size, run.config.data_order), []).append(run)
     if groups:
         total, done = sum(config.length for config in configs), sum(run.step for run in runs)
-        with tqdm(total=total, initial=done, unit="step", mininterval=1) as progress:
+        quiet = {} if team.first else {"disable": True}
+        with tqdm(total=total, initial=done, unit="step", mininterval=1, **quiet) as progress:
             for group in groups.values():
-                _train_together(acts, group, device, checkpoint_seconds, progress)
+                _train_together(stores, group, device, checkpoint_seconds, progress)
     return [run.result for run in runs]
 
 
+def _check_pair(acts: Activations, targets: Activations, configs: Sequence[TrainConfig]) -> None:
+    """Raise ValueError unless row for row both stores are of the same tokens, and dealt into shards alike."""
+    names = ["model", "dropped_ids", "shard_rows"] + (["tokens"] if acts.model_name else [])  # a tensor's rows have none
+    asked = [store.index["request"] for store in (acts, targets)]
+    differ = [name for name in names if asked[0].get(name) != asked[1].get(name)]
+    if differ or acts.n_rows != targets.n_rows:
+        raise ValueError(f"{acts} and {targets} do not belong together: they differ in {', '.join(differ) or 'rows'}. Harvest "
+                         "both in one call, such as site=['mlp_in', 'mlp_out']")
+    if acts.d_in != targets.d_in:
+        raise ValueError(f"a transcoder's input and output have one width: the activations have {acts.d_in}, the targets "
+                         f"{targets.d_in}")
+    if any(config.resample for config in configs):
+        raise ValueError("resample points dead latents at inputs, which are not what a transcoder predicts: leave it empty")
+
+
 def train(acts: Activations, config: TrainConfig, out: str | Path | None = None, device: str | torch.device | None = None,
-          checkpoint_seconds: float = 60, log_rows: int = 100) -> TrainResult:
+          checkpoint_seconds: float = 60, log_rows: int = 100, targets: Activations | None = None,
+          team: Team = ALONE) -> TrainResult:
     """Train an SAE on the activations `acts` (from :func:`jumprelu.harvest`); returns (sae, log).
 
     out: folder for the SAE, its log and, while it runs, a checkpoint every `checkpoint_seconds`. Given again, a
     finished run is read back and an interrupted one goes on, bit for bit. Without it nothing is written.
     device: default is a GPU where there is one. log_rows: about this many rows in the log
     of a whole run; one ended by `stop_after` logs the steps that the whole run would, and its own last.
+    targets: activations of the same tokens that are to be predicted from `acts`, such as mlp_out from mlp_in: the result is a
+    :class:`jumprelu.sae.Transcoder`. team: the processes that train together (:func:`jumprelu.distributed.start`); all of them
+    call this alike, with one `out`, and all get the result.
 
     The log's columns: step, tokens, sparsity (λ), bandwidth (ε), loss_*, l0, fvu, dead (share), computed (share of
     pre-activations that the step went on with after the encoder), and for JumpReLU those of
     :class:`jumprelu.architectures.StepDiagnostics` and quantiles of θ; all in normalised units. The progress bar also
     shows the share of the time that was spent waiting for data.
 
-    Raises ValueError if `out` holds another run, the checkpoint is damaged, or the activations are not finite
-    (the reader names shard and row); FloatingPointError if loss or weights are not finite (the last checkpoint stays).
+    Raises ValueError if `out` holds another run, the checkpoint is damaged, `targets` are of other tokens, the configuration
+    does not suit the team, or the activations are not finite (the reader names shard and row); FloatingPointError if loss or
+    weights are not finite (the last checkpoint stays).
     """
-    return _train_all(acts, [config], [Path(out) if out is not None else None], device, checkpoint_seconds, log_rows)[0]
+    if out is None and not team.alone:
+        raise ValueError("processes that train together need a folder where all find the result: give train(..., out=...)")
+    folder = Path(out) if out is not None else None
+    return _train_all(acts, [config], [folder], device, checkpoint_seconds, log_rows, targets, team)[0]
 
 
 def train_many(acts: Activations, configs: Sequence[TrainConfig], out: str | Path | Sequence[str | Path] | None = None,
                device: str | torch.device | None = None, checkpoint_seconds: float = 60,
-               log_rows: int = 100) -> list[TrainResult]:
+               log_rows: int = 100, targets: Activations | None = None) -> list[TrainResult]:
     """Train an SAE for each of `configs`, in their order in the result; each is, bit for bit, that of :func:`train`.
 
     Runs with the same `batch_size` and the same order of data (give all the same `data_seed`) are trained in one pass over
@@ -348,4 +427,10 @@ def train_many(acts: Activations, configs: Sequence[TrainConfig], out: str | Pat
         folders = [Path(folder) for folder in out]
     else:
         raise ValueError(f"{len(out)} folders for {len(names)} configurations: give one for each, or one for all")
-    return _train_all(acts, configs, folders, device, checkpoint_seconds, log_rows)
+    return _train_all(acts, configs, folders, device, checkpoint_seconds, log_rows, targets)
+
+
+if __name__ == "__main__":
+    from .launch import main
+
+    main()

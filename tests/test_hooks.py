@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from jumprelu.hooks import SITES, capture, record_blocks, resume_after, splice
+from jumprelu.hooks import INPUTS, SITES, capture, record_blocks, resume_after, splice, watch
 from jumprelu.lm import LM
 from tests.models import D_MODEL, FAMILIES, HEADS, LAYERS, VOCAB, random_ids, tiny_lm
 
@@ -207,3 +207,38 @@ def test_ids_are_checked():
     for ids, message in cases:
         with pytest.raises(ValueError, match=message):
             capture(lm, [("resid_post", 0)], ids)
+
+
+def test_what_an_mlp_gets_gives_what_it_adds():
+    lm = tiny_lm("gemma2")
+    block = lm.model.model.layers[1]
+    with torch.no_grad():
+        block.pre_feedforward_layernorm.weight.uniform_(-0.5, 0.5)
+    found = capture(lm, [(site, 1) for site in (*INPUTS, "mlp_out")], random_ids(2, 6))
+    with torch.no_grad():
+        out = block.post_feedforward_layernorm(block.mlp(found["mlp_in", 1]))
+    torch.testing.assert_close(out, found["mlp_out", 1])
+    gain = 1 + block.pre_feedforward_layernorm.weight
+    torch.testing.assert_close(found["mlp_in_before_gain", 1] * gain, found["mlp_in", 1])
+
+
+@pytest.mark.parametrize("site", INPUTS)
+def test_an_input_of_the_mlp_can_be_replaced(site):
+    lm, ids = tiny_lm("gemma2"), random_ids(2, 6)
+    with torch.no_grad(), splice(lm, site, 1, torch.zeros_like), watch(lm, "mlp_out", 1) as seen:
+        lm.model(ids)
+    assert not seen[0].any()  # a gated MLP without biases
+
+
+def test_only_a_norm_whose_gain_is_known_can_be_undone():
+    with pytest.raises(ValueError, match="tiny-llama is none: take mlp_in"):
+        capture(tiny_lm("llama"), [("mlp_in_before_gain", 0)], random_ids(2, 6))
+
+
+def test_watching_keeps_the_last_pass_and_leaves_no_trace():
+    lm, ids = tiny_lm("gpt2"), random_ids(2, 6)
+    with torch.no_grad(), watch(lm, "resid_post", 1) as seen:
+        for some in (ids[:1], ids):
+            lm.model(some)
+            assert len(seen) == 1 and torch.equal(seen[0], capture(lm, [("resid_post", 1)], some)["resid_post", 1])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from jumprelu.corpus import Tokens
-from jumprelu.hooks import capture
+from jumprelu.hooks import capture, splice
 from jumprelu.metrics import evaluate, fvu
-from jumprelu.sae import SAE, Origin
+from jumprelu.sae import SAE, Origin, Transcoder
 from tests.models import tiny_lm
 
 
@@ -67,8 +67,6 @@ def test_report_equals_plain_computation(setting):
     torch.testing.assert_close(report.frequency, (sae.encode(inner) > 0).float().mean(0))
     assert torch.equal(report.l0_per_token, (sae.encode(inner) > 0).sum(-1))
 
-    from jumprelu.hooks import splice
-
     def replace(value):  # the plain way: everything but position 0
         return torch.cat([value[:, :1], sae(value[:, 1:])], 1)
 
@@ -89,6 +87,30 @@ def test_shrinkage_shows_in_the_norm_ratio(setting):
     shrunk = identity_sae(lm.d_model)
     shrunk.W_dec.data *= 0.8
     assert evaluate(shrunk, lm, tokens).norm_ratio.value == pytest.approx(1 / 0.8, rel=1e-5)
+
+
+def random_transcoder(d, site, skip):
+    g = torch.Generator().manual_seed(2)
+    return Transcoder(torch.randn(d, 20, generator=g), torch.zeros(20), torch.randn(20, d, generator=g), torch.zeros(d),
+                      torch.rand(20, generator=g), W_skip=torch.randn(d, d, generator=g) if skip else None,
+                      origin=Origin(site=site, layer=1))  # fmt: skip
+
+
+@pytest.mark.parametrize("site, skip", [("mlp_in", False), ("mlp_in_before_gain", True)])
+def test_a_transcoder_reads_before_the_mlp_and_is_spliced_in_after_it(setting, site, skip):
+    lm, tokens = setting
+    sae, ids = random_transcoder(lm.d_model, site, skip), tokens.ids
+    report = evaluate(sae, lm, tokens, batch_rows=4)
+    found = capture(lm, [(site, 1), ("mlp_out", 1)], ids)
+    predicted, inner = sae(found[site, 1]), found[site, 1][:, 1:].flatten(0, 1)  # without BOS
+    assert report.fvu.value == pytest.approx(fvu(found["mlp_out", 1][:, 1:].flatten(0, 1), sae(inner)), rel=1e-6)
+    torch.testing.assert_close(report.frequency, (sae.encode(inner) > 0).float().mean(0))
+    with torch.no_grad():
+        clean = lm.model(ids).logits
+        with splice(lm, "mlp_out", 1, lambda value: torch.cat([value[:, :1], predicted[:, 1:]], 1)):
+            spliced = lm.model(ids).logits
+    p, q, target = clean[:, 1:-1].flatten(0, 1), spliced[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten()
+    assert report.delta_loss.value == pytest.approx((F.cross_entropy(q, target) - F.cross_entropy(p, target)).item(), rel=1e-4)
 
 
 def test_errors(setting):

@@ -21,8 +21,8 @@ from jumprelu.architectures import Trainee
 from jumprelu.files import digest
 from jumprelu.losses import DENSE
 from jumprelu.recipe import SPARSITY_LOSSES, TrainConfig
-from jumprelu.sae import load_sae
-from jumprelu.train import BLOCK, TrainResult, _advance, _State, train, train_many
+from jumprelu.sae import Transcoder, load_sae
+from jumprelu.train import BLOCK, Inputs, TrainResult, _advance, _State, train, train_many
 
 module = sys.modules["jumprelu.train"]  # `jumprelu.train` is the function
 
@@ -513,3 +513,61 @@ def test_no_thread_is_left(acts, tmp_path):
     with pytest.raises(FloatingPointError):
         train(acts, dataclasses.replace(SMALL, architecture="relu", lr=1e30, unit_norm=False), device="cpu")
     assert threading.enumerate() == before
+
+
+# ---- transcoders --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", SPARSITY_LOSSES)
+def test_a_transcoder_predicts_its_targets(tmp_path, acts, architecture):
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([shard.activations for shard in acts.shards()])
+    y = ((x - 5) @ torch.randn(16, 16, generator=g)).relu() * 0.3 - 2
+    targets = activations_from_tensor(y, tmp_path / "targets")
+    config = dataclasses.replace(SMALL, architecture=architecture, steps=400, sparsity=0.01, k=6)
+    sae, log = train(acts, config, tmp_path / "run", device="cpu", targets=targets)
+    error = (y - sae(x)).square().sum() / (y - y.mean(0)).square().sum()
+    assert isinstance(sae, Transcoder) and error < 0.75 * log.fvu.iloc[0]
+    assert error.item() == pytest.approx(log.fvu.iloc[-1], rel=0.25)  # of the last batch, in training's units
+    again = load_sae(tmp_path / "run")
+    assert isinstance(again, Transcoder) and torch.equal(again(x), sae(x))
+    if architecture != "topk":
+        torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(48))
+
+
+@pytest.mark.parametrize("architecture", SPARSITY_LOSSES)
+def test_a_folded_transcoder_is_the_trained_one(tmp_path, acts, architecture):
+    x = acts.rows(200)
+    inputs, outputs = Inputs(20.0, x.mean(0)), Inputs(3.0, torch.arange(16.0))
+    state = _State(acts, dataclasses.replace(SMALL, architecture=architecture), torch.device("cpu"), inputs, outputs)
+    trainee = state.trainee.eval()
+    with torch.no_grad():
+        for parameter in trainee.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        if architecture == "batchtopk":
+            trainee.batch_threshold.fill_(0.05)
+            expected = trainee(x / 20, 0.1, DENSE)
+            acts_of = expected.pre.relu() * (expected.pre > 0.05)
+            expected = acts_of @ trainee.W_dec + trainee.b_dec
+        else:
+            expected = trainee(x / 20, 0.1, DENSE).x_hat
+        torch.testing.assert_close(state.fold(acts)(x), 3 * expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_transcoder_resumes_bit_for_bit_and_a_sweep_gives_the_same(tmp_path, acts):
+    targets = activations_from_tensor(torch.cat([shard.activations for shard in acts.shards()]).relu(), tmp_path / "targets")
+    config = dataclasses.replace(SMALL, stop_after=1.0)
+    whole = train(acts, config, device="cpu", targets=targets)
+    many = train_many(acts, [config, dataclasses.replace(config, lr=1e-3)], device="cpu", targets=targets)
+    assert torch.equal(many[0].sae.W_dec, whole.sae.W_dec) and many[0].log.equals(whole.log)
+
+
+def test_targets_of_other_tokens_are_refused(tmp_path, acts):
+    few = activations_from_tensor(torch.randn(100, 16), tmp_path / "few")
+    narrow = activations_from_tensor(torch.randn(len(acts), 8), tmp_path / "narrow")
+    with pytest.raises(ValueError, match="do not belong together.*rows.*Harvest both"):
+        train(acts, SMALL, device="cpu", targets=few)
+    with pytest.raises(ValueError, match="have 16, the targets 8"):
+        train(acts, SMALL, device="cpu", targets=narrow)
+    with pytest.raises(ValueError, match="resample"):
+        train(acts, dataclasses.replace(SMALL, resample=(0.5,)), device="cpu", targets=acts)

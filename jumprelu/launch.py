@@ -1,0 +1,86 @@
+"""Train the SAE of a profile from the command line, on one device or on many.
+
+    python -m jumprelu.train --profile laptop --out runs/laptop
+    torchrun --nproc-per-node 8 -m jumprelu.train --profile gemma-2-9b --latents 4 --out runs/9b
+
+The parameters are those of notebook 02 under that profile. The first process harvests the activations, or finds them in the
+cache; then all train (`distributed.py`). Interrupted, the same command goes on from the last checkpoint, on any number of
+processes; with torchrun's --max-restarts it does so by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .activations import open_activations
+from .cache import remember
+from .corpus import load_texts, tokenize
+from .distributed import start
+from .harvest import harvest
+from .lm import load_lm
+from .profiles import DEFAULT_PROFILE, check_profile, find_notebooks
+from .recipe import TrainConfig
+from .train import train
+
+NOTEBOOK = "02"
+
+
+def parameters(root: Path, profile: str, changes: list[str]) -> tuple[dict[str, Any], TrainConfig]:
+    """Notebook 02's parameters under a profile, and the configuration of its main run.
+
+    changes: "name=value" of any parameter of either, the value in YAML. Raises ValueError for an unknown name or a value
+    that the configuration refuses, FileNotFoundError for an unknown profile or where there are no notebooks.
+    """
+    notebook = find_notebooks(root, NOTEBOOK)[0]
+    values = {name: parameter.default for name, parameter in notebook.parameters().items()}
+    values |= check_profile(root, profile)[NOTEBOOK]
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals or name not in {*values, *known}:
+            raise ValueError(f"--set {change}: expected name=value with one of {', '.join(sorted({*values, *known}))}")
+        values[name] = yaml.safe_load(value)
+    config = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known}
+    return values, TrainConfig(**config)
+
+
+def _harvested(values: dict[str, Any]) -> str:
+    """The folder of the activations to train on."""
+    lm = load_lm(values["model"] or None)
+    tokens = tokenize(load_texts(values["dataset"], "train"), lm.tokenizer, values["context_size"], values["train_rows"],
+                      values["rows_per_document"])  # fmt: skip
+    acts = remember(harvest, lm, tokens, site=values["site"], layer=values["layer"], dtype=values["storage"])
+    return str(acts.folder)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m jumprelu.train", description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the SAE, its log and the checkpoint")
+    parser.add_argument("--profile", default=DEFAULT_PROFILE, help="a file of notebooks/profiles (default: %(default)s)")
+    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="NAME=VALUE",
+                        help="another value for a parameter of notebook 02 or of TrainConfig; may be given several times")
+    parser.add_argument("--latents", type=int, default=1, metavar="N",
+                        help="of the processes that torchrun starts, deal the latents among N, and tokens among the rest")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
+    parser.add_argument("--checkpoint-seconds", type=float, default=60, help="seconds between checkpoints (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    try:
+        values, config = parameters(Path(__file__).resolve().parent.parent, given.profile, given.changes)
+        team = start(given.latents, given.device)
+        team.check(config)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    acts = open_activations(team.tell(lambda: _harvested(values)))
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # of the language model
+    sae, log = train(acts, config, given.out, given.device, given.checkpoint_seconds, team=team)
+    if team.first:
+        last = log.iloc[-1]
+        print(f"{sae}\nL0 {last.l0:.1f}, FVU {last.fvu:.4f} on its last batch; written to {given.out}")
+    team.end()
