@@ -51,6 +51,8 @@ publish: setup ## copy another PROFILE's finished results to figures/PROFILE, to
 
 test: setup ## lint, unit tests with coverage, then every committed notebook under nbval
 	$(RUN) -m ruff check
+	@# Torch's builds for CPUs come without Triton, whose interpreter runs the kernels for GPUs; only Linux has it.
+	@$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps "triton>=3.8,<4" 2>/dev/null || true
 	@$(RUN) tests/chromium.py || true # without one, the browser tests are skipped, and pytest says so
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile $(MARKED) --cov
 	$(RUN) -m pytest -q --nbval --nbval-current-env --nbval-cell-timeout=900 \
@@ -73,7 +75,7 @@ lab: setup ## open the notebooks in JupyterLab
 	cd notebooks && ../$(RUN) -m jupyterlab
 
 lock: setup ## write requirements.lock again, from what .venv holds
-	@{ sed -n '/^#/p' requirements.lock; $(RUN) -m pip freeze --all --exclude pip --exclude jumprelu | sed 's/+.*//'; } > $(VENV)/lock
+	@{ sed -n '/^#/p' requirements.lock; $(RUN) -m pip freeze --all --exclude pip --exclude jumprelu --exclude triton | sed 's/+.*//'; } > $(VENV)/lock
 	@mv $(VENV)/lock requirements.lock
 	@echo "wrote requirements.lock"
 

@@ -127,9 +127,9 @@ class Trainee(torch.nn.Module):
 
     @torch.no_grad()
     def layout(self, x: torch.Tensor, bandwidth: float | torch.Tensor) -> Layout:
-        """The entries that a batch needs; all of them where that is faster: for a batch that is dense, or on a GPU."""
+        """The entries that a batch needs; all of them where that is faster: for a batch that is dense, or without kernels."""
         c = self.config
-        if x.device.type != "cpu" or c.preactivation or sparse.DENSE_ABOVE <= 0:  # that loss touches every latent
+        if not sparse.usable(x) or c.preactivation or sparse.DENSE_ABOVE <= 0:  # that loss touches every latent
             return DENSE
         centred, low = x - self.centre, torch.zeros_like(self.b_enc)
         if c.architecture == "topk":
@@ -147,10 +147,11 @@ class Trainee(torch.nn.Module):
 
     def _screened(self, centred: torch.Tensor, low: torch.Tensor) -> sparse.Support | None:
         wanted, found = self.config.encoder_dtype, None
-        if (sparse.fast_dtype() if wanted is None else getattr(torch, wanted)) == torch.bfloat16:
-            few = min(sparse.BF16_BELOW, sparse.DENSE_ABOVE)
+        dtype = sparse.fast_dtype(centred.device) if wanted is None else getattr(torch, wanted)
+        if dtype == torch.bfloat16:
+            few = sparse.DENSE_ABOVE if centred.is_cuda else min(sparse.BF16_BELOW, sparse.DENSE_ABOVE)
             found = sparse.screen(centred, self.W_enc, self.b_enc, low, torch.bfloat16, few)
-        if found is None:
+        if found is None and not (dtype == torch.bfloat16 and centred.is_cuda):  # which would search no faster than it is dense
             found = sparse.screen(centred, self.W_enc, self.b_enc, low, torch.float32, sparse.DENSE_ABOVE)
         return found
 

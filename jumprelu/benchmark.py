@@ -295,11 +295,11 @@ def speed_table(size: Size, pool: Pool, rounds: int, turn: int, memory: bool = T
     floors = {System(FLOOR, "one product", dtype): encoder_product(size, dtype) for dtype in ("float32", "bfloat16")}
     seconds = {"train": interleaved(floors | {row: each.step for row, each in trainers.items()}, batches, rounds, turn)}
     with torch.no_grad():
-        calls = dict(floors)
+        calls, fast = dict(floors), str(fast_dtype(torch.device("cpu")))[6:]
         for row in finished:
             if row.dtype == "float32":  # as all SAEs are; ours look for what is active in the faster type
                 searches = row.system == OURS and row.architecture != "topk"
-                calls[row._replace(dtype=str(fast_dtype())[6:] if searches else row.dtype)] = finished[row].reconstruct
+                calls[row._replace(dtype=fast if searches else row.dtype)] = finished[row].reconstruct
         seconds["inference"] = interleaved(calls, batches, rounds, turn)
     used = peak_memory([row for row in trainers if row.dtype == "float32"], size, pool) if memory else {}
     five = {row._replace(architecture="five products"): [5 * each for each in seconds["train"][row]] for row in floors}

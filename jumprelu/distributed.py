@@ -249,7 +249,7 @@ def start(latents: int = 1, device: str | None = None) -> Team:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # torchrun keeps one store for all of its attempts: without a prefix, a restarted process would find the addresses of dead ones
+    # torchrun keeps one store for all of its attempts: without a prefix, a restarted process may find the addresses of the dead
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=int(os.environ["RANK"]),

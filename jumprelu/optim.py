@@ -4,12 +4,14 @@ Notable here:
 - at β₁ = 0 the first moment *is* the gradient, so the gradient's own memory stands in for it: half of the state is gone, and
   the update is that of `torch.optim.Adam(fused=True)`, bit for bit.
 - a matrix is taken a block of rows at a time, small enough for a cache: projection of the gradient, Adam and
-  renormalisation of the atoms are done before the next block is fetched.
+  renormalisation of the atoms are done before the next block is fetched. On a GPU with Triton they are one kernel.
 """
 
 from __future__ import annotations
 
 import torch
+
+from . import kernels
 
 BLOCK = 2**17
 """Numbers a block: three matrices of them, in float32, fit a second-level cache."""
@@ -42,6 +44,11 @@ class Adam:
             tensors = [parameter, gradient, moments["exp_avg_sq"], moments.get("exp_avg", gradient)]
             if parameter.ndim == 2 and parameter.stride(0) < parameter.stride(1):  # W_enc: in memory it is latent by latent
                 tensors = [tensor.T for tensor in tensors]
+            if kernels.serves(parameter) and tensors[0].shape[-1] <= kernels.WIDEST:
+                first = tensors[3] if "exp_avg" in moments else None
+                kernels.adam(tensors[0], tensors[1].contiguous(), tensors[2], first, lr[name], self.betas, self.eps, self.steps,
+                             name in self.unit_norm)  # fmt: skip
+                continue
             on_cpu = parameter.device.type == "cpu"
             rows = max(1, BLOCK // tensors[0][0].numel()) if on_cpu else len(tensors[0])
             step = torch.tensor(float(self.steps), device=parameter.device)

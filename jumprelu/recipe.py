@@ -100,8 +100,8 @@ class TrainConfig:
     dead_after: int = 200_000
     """A latent is dead when it has not fired for this many tokens."""
     encoder_dtype: str | None = None
-    """Type in which the entries that matter are searched for on a CPU, "float32" or "bfloat16"; None: the faster one. What
-    is found is computed in float32, so results agree to rounding. TopK, dense steps and GPUs use float32 throughout."""
+    """Type in which the entries that matter are searched for, "float32" or "bfloat16"; None: the faster one. What is found is
+    computed in float32, so results agree to rounding. TopK, dense steps and GPUs without Triton use float32 throughout."""
     seed: int = 0
     """Fixes the initial weights, what dead latents are resampled at and, without `data_seed`, the order of the data."""
     data_seed: int | None = None

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from . import sparse
 from .files import digest, read_json, sha256, tensor_digest, write_json, write_tensors
-from .sparse import DENSE_ABOVE, Support, fast_dtype, largest, screen
 
 FORMAT = 1
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
@@ -107,8 +107,8 @@ class SAE(torch.nn.Module):
     def encode(self, x: torch.Tensor, sparse: bool = False) -> torch.Tensor:
         """f(x) ≥ 0, shape [..., d_sae]; x: raw activations [..., d_in].
 
-        sparse: return a sparse COO tensor, coalesced, without a gradient; x is [tokens, d_in] then, else ValueError. On a CPU
-        the dense matrix is never formed.
+        sparse: return a sparse COO tensor, coalesced, without a gradient; x is [tokens, d_in] then, else ValueError. On a CPU,
+        and on a GPU with Triton, the dense matrix is never formed.
         """
         if sparse:
             if x.ndim != 2:
@@ -134,19 +134,19 @@ class SAE(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x̂(x), raw activations to raw reconstruction, [..., d_in]."""
-        support = None if torch.is_grad_enabled() else self._support(x.reshape(-1, x.shape[-1]), DENSE_ABOVE)
+        support = None if torch.is_grad_enabled() else self._support(x.reshape(-1, x.shape[-1]), sparse.DENSE_ABOVE)
         if support is None:
             return self.decode(self.encode(x))
         return (support.decode(support.pre, self.W_dec) + self.b_dec).view(x.shape)
 
-    def _support(self, x: torch.Tensor, limit: float) -> Support | None:
+    def _support(self, x: torch.Tensor, limit: float) -> sparse.Support | None:
         """What is active on x: [tokens, d_in]; None where dense arithmetic is used instead."""
         self._check_width(x)
-        if x.device.type != "cpu" or x.dtype != torch.float32 or self.W_enc.dtype != torch.float32 or not len(x):
+        if not sparse.usable(x) or x.dtype != torch.float32 or self.W_enc.dtype != torch.float32 or not len(x):
             return None
         if self.k is None:
-            return screen(x, self.W_enc, self.b_enc, self.threshold, fast_dtype(), limit)
-        support = largest(x, self.W_enc, self.b_enc, self.k)
+            return sparse.screen(x, self.W_enc, self.b_enc, self.threshold, sparse.fast_dtype(x.device), limit)
+        support = sparse.largest(x, self.W_enc, self.b_enc, self.k)
         return support.take((support.pre > support.at(self.threshold)).nonzero().squeeze(-1))
 
     def save(self, folder: str | Path) -> Path:
@@ -188,9 +188,10 @@ class Transcoder(SAE):
 KINDS = {kind.__name__: kind for kind in (SAE, Transcoder)}
 
 
-def _as_coo(support: Support) -> torch.Tensor:
+def _as_coo(support: sparse.Support) -> torch.Tensor:
     order, start, latent = support.by_token
-    index = torch.stack([torch.arange(support.shape[0]).repeat_interleave(start.diff()), latent.long()])
+    token = torch.arange(support.shape[0], device=start.device).repeat_interleave(start.diff())
+    index = torch.stack([token, latent.long()])
     return torch.sparse_coo_tensor(index, support.pre.index_select(0, order), support.shape, is_coalesced=True,
                                    check_invariants=False)  # fmt: skip
 

@@ -35,7 +35,8 @@ from .recipe import TrainConfig
 from .sae import SAE
 from .scope import available, load_sae, path_for, save_gemma_scope
 from .study import METRICS
-from .sweep import sweep
+from .sweep import LOG_ROWS, sweep
+from .train import train_many
 
 TOGETHER, HELD = 8, 2**34
 """SAEs that are scored at once: at most so many, and at most so many bytes."""
@@ -52,14 +53,15 @@ def harvest_all(lm: LM, tokens: Tokens, sites: Sequence[str], layers: Sequence[i
 
 
 def build(lm: LM, train_tokens: Tokens, test_tokens: Tokens, configs: Sequence[TrainConfig], ends: Sequence[int], layer: int,
-          widths: Sequence[int], seeds: int, layers: Sequence[int] = (), storage: str = "float32", workers: int = 0, *,
-          out: str | Path) -> dict[str, list[str]]:
+          widths: Sequence[int], seeds: int, layers: Sequence[int] = (), storage: str = "float32", workers: int = 0,
+          transcoders: bool = True, *, out: str | Path) -> dict[str, list[str]]:
     """Train a small scope and write it in Gemma Scope's layout below `out`: site → its folders, one a seed.
 
     configs: one for each sparsity. At `layer`: all of them at the first of `widths`, those whose places are in `ends` at the
     others, each with `seeds` seeds; wider ones at other sites than the residual stream with one. At other `layers` (by default
-    all): those of `ends` at the first width, with one seed. The L0 in a path is measured on `test_tokens`. A finished scope is
-    returned at once; of an unfinished one, the runs are kept.
+    all): those of `ends` at the first width, with one seed. transcoders: also transcoders of the MLP at `layer`, with all
+    of `configs` and `seeds`, under "transcoder". The L0 in a path is measured on `test_tokens`. A finished scope is returned at
+    once; of an unfinished one, the runs are kept.
 
     Raises ValueError if two sparsities come out at one L0: the layout has one path for both.
     """
@@ -82,9 +84,23 @@ def build(lm: LM, train_tokens: Tokens, test_tokens: Tokens, configs: Sequence[T
         for path, one in zip(tqdm(paths, desc="writing the scope", unit="SAE", leave=False), scored, strict=True):
             save_gemma_scope(one.sae(), out / path)
         names = list(dict.fromkeys(name for name, _, _ in jobs))
+        if transcoders:
+            changed = [[dataclasses.replace(config, d_sae=widths[0], seed=seed) for config in configs] for seed in range(seeds)]
+            names += _write_transcoders(lm, train_tokens, test_tokens, changed, layer, storage, out)
         write_json(index, names)  # last: without it the scope is unfinished
     names = read_json(index)
-    return {site: [str(out / name) for name in names if name.startswith(f"{site}/")] for site in SITES}
+    return {site: [str(out / name) for name in names if name.startswith(f"{site}/")] for site in (*SITES, "transcoder")}
+
+
+def _write_transcoders(lm: LM, train_tokens: Tokens, test_tokens: Tokens, configs: Sequence[Sequence[TrainConfig]], layer: int,
+                       storage: str, out: Path) -> list[str]:
+    """Transcoders with the configurations of each seed, at the place of Gemma Scope's; returns their folders."""
+    read, predicted = harvest_all(lm, train_tokens, ("mlp_in_before_gain", "mlp_out"), [layer], storage).values()
+    for seed, some in enumerate(configs):
+        found = [result.sae for result in remember(train_many, read, some, targets=predicted, log_rows=LOG_ROWS)]
+        for sae, report in zip(found, evaluate_many(found, lm, test_tokens), strict=True):
+            save_gemma_scope(sae, out / f"transcoder/seed_{seed}/{path_for(layer, sae.d_sae, report.l0.value)}")
+    return [f"transcoder/seed_{seed}" for seed in range(len(configs))]
 
 
 # ---- a release to read ------------------------------------------------------------------------------------------
@@ -129,7 +145,7 @@ def score(chosen: pd.DataFrame, lm: LM, tokens: Tokens) -> tuple[pd.DataFrame, l
     the reports, in its order.
     """
     rows, reports = list(chosen.itertuples()), []
-    some = max(1, min(TOGETHER, HELD // (8 * lm.d_model * int(chosen.width.max()))))
+    some = max(1, min(TOGETHER, HELD // (8 * lm.d_model * int(chosen.width.max())))) if rows else 1
     for start in tqdm(range(0, len(rows), some), desc="scoring", unit=f"{some} SAEs"):
         reports += remember(evaluate_many, [load(row) for row in rows[start : start + some]], lm, tokens)
     columns = {"d_sae": [len(report.frequency) for report in reports]}

@@ -9,6 +9,7 @@ Notable here:
   architectures and losses are written once.
 - an inactive latent inside the window needs a gradient for θ: it is in S, though it decodes to nothing.
 - the gradient of x is never formed: nothing before an SAE is trained.
+- what a CPU does with torch's own operations, a GPU does with the kernels of `kernels.py`, where Triton is there.
 - :func:`screen` may look for S in bfloat16. It lowers the bar by what rounding can hide, and computes what it found
   again in float32: S can only be larger than needed, and no value comes from bfloat16.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple
 
@@ -24,8 +26,11 @@ import numpy as np
 import scipy.sparse
 import torch
 
-CHUNK = 2**21
-"""Pre-activations in memory at a time: few enough for a cache, many enough for a matmul at full speed."""
+from . import kernels
+
+CHUNK, GPU_CHUNK = 2**21, 2**27
+"""Pre-activations in memory at a time: few enough for a cache, many enough for a matmul at full speed. A GPU is waited for once
+for each."""
 
 DENSE_ABOVE = 0.15
 """Share of entries in S above which the dense step is the faster one."""
@@ -86,7 +91,8 @@ class Support:
     @cached_property
     def latent(self) -> torch.Tensor:
         """Latent of each entry, int32 [n]."""
-        return torch.arange(self.shape[1], dtype=torch.int32).repeat_interleave(self.start.diff(), output_size=len(self))
+        latents = torch.arange(self.shape[1], dtype=torch.int32, device=self.start.device)
+        return latents.repeat_interleave(self.start.diff(), output_size=len(self))
 
     @cached_property
     def by_token(self) -> ByToken:
@@ -128,6 +134,8 @@ class Support:
 
 def _transposed(start: torch.Tensor, column: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.Tensor, ...]:
     """(order, start, row) of a matrix's entries in the order of its columns, all int32."""
+    if kernels.serves(column):
+        return kernels.transposed(start, column, shape)
     positions = np.arange(len(column), dtype=np.int32)
     rows = scipy.sparse.csr_array((positions, column.numpy(), start.numpy()), shape=shape)
     columns = rows.tocsc()  # a counting sort: several times as fast as sorting
@@ -141,6 +149,8 @@ def dots(support: Support, rows: torch.Tensor, atoms: torch.Tensor) -> torch.Ten
     """⟨rows[token], atoms[latent]⟩ at each entry, [n]; rows: [batch, d_in]; atoms: [d_sae, d_in]."""
     if len(support) == 0:
         return rows.new_zeros(0)
+    if kernels.serves(rows):
+        return kernels.dots(support.latent, support.token, rows.contiguous(), atoms.contiguous())
     # what torch calls the gradient of an embedding bag with respect to the weights of its samples
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         atoms, rows, support.token, support.start[:-1], support.latent, 0)  # fmt: skip
@@ -149,14 +159,20 @@ def dots(support: Support, rows: torch.Tensor, atoms: torch.Tensor) -> torch.Ten
 def token_sums(support: Support, entries: torch.Tensor, atoms: torch.Tensor) -> torch.Tensor:
     """Σ over each token's entries of entry · atoms[latent], [batch, d_in]."""
     order, start, latent = support.by_token
-    return torch.nn.functional.embedding_bag(latent, atoms, start, mode="sum", include_last_offset=True,
-                                             per_sample_weights=entries.index_select(0, order))  # fmt: skip
+    return _bag(start, latent, entries.index_select(0, order), atoms)
 
 
 def latent_sums(support: Support, entries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Σ over each latent's entries of entry · rows[token], [d_sae, d_in]."""
-    return torch.nn.functional.embedding_bag(support.token, rows, support.start, mode="sum", include_last_offset=True,
-                                             per_sample_weights=entries)  # fmt: skip
+    return _bag(support.start, support.token, entries, rows)
+
+
+def _bag(start: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Σ over each bag's entries of weight · rows[index]."""
+    if kernels.serves(rows):
+        return kernels.bag(start, index, weight.contiguous(), rows.contiguous())
+    return torch.nn.functional.embedding_bag(index, rows, start, mode="sum", include_last_offset=True,
+                                             per_sample_weights=weight)  # fmt: skip
 
 
 class _Encode(torch.autograd.Function):
@@ -200,8 +216,15 @@ class _Decode(torch.autograd.Function):
 # ---- finding S ------------------------------------------------------------------------------------------------
 
 
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where the CPU multiplies it faster than float32 (AMX or AVX512-BF16), else float32."""
+def usable(x: torch.Tensor) -> bool:
+    """Whether there are sparse operations for tensors that are where this one is: on a CPU, and on a GPU with Triton."""
+    return x.device.type == "cpu" or kernels.serves(x)
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it faster than float32 (GPUs; CPUs with AMX or AVX512-BF16), else float32."""
+    if device.type != "cpu":
+        return torch.bfloat16
     known = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.bfloat16 if known.get("amx_bf16") or known.get("avx512_bf16") else torch.float32
 
@@ -227,9 +250,20 @@ def screen(x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, low: torch
         atoms = _bf16(W_enc.T, W_enc.norm(dim=0).unsqueeze(-1) * 1.01, offset + offset.abs() * 2.0**-7)
     else:
         rows, atoms, bar = x, W_enc.T, (low - b_enc).unsqueeze(-1)  # π > low  ⇔  x W_enc > low − b_enc
-    tokens, products, ends, total = [], [], [torch.zeros(1, dtype=torch.int32)], 0
-    for first, chunk, over in _chunks(d_sae, batch, rows.dtype, d_sae // 64 * 8 if limit < 1 else 0):  # [some latents, batch]
-        torch.mm(atoms[first : first + len(chunk)], rows.T, out=chunk)
+    tokens, products, ends, total = [], [], [torch.zeros(1, dtype=torch.int32, device=x.device)], 0
+    for first, chunk, over in _chunks(rows, d_sae, batch, d_sae // 64 * 8 if limit < 1 else 0):  # [some latents, batch]
+        with _sums_in_float32():
+            torch.mm(atoms[first : first + len(chunk)], rows.T, out=chunk)
+        if kernels.serves(x):
+            level = None if dtype == torch.bfloat16 else bar[first : first + len(chunk)].flatten()
+            found = kernels.compact(chunk, level, int(limit * batch * (first + len(chunk))) - total)
+            if found is None:
+                return None
+            start, token, product = found
+            ends.append(start[1:] + total)
+            total += len(token)
+            tokens.append(token), products.append(product)
+            continue
         if dtype == torch.bfloat16:
             torch.gt(chunk.view(torch.int16), 0, out=over)
         else:
@@ -280,37 +314,52 @@ def largest(x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int, b
     """The support of each token's `k` largest pre-activations, and π there; arguments as for :func:`screen` and :func:`top`."""
     batch, d_sae = len(x), W_enc.shape[1]
     values, latents = [], []
-    for first, chunk, _ in _chunks(batch, d_sae, x.dtype):  # [some tokens, d_sae]
+    for first, chunk, _ in _chunks(x, batch, d_sae):  # [some tokens, d_sae]
         found, index = top(torch.addmm(b_enc, x[first : first + len(chunk)], W_enc, out=chunk), k, buckets)
         values.append(found.flatten()), latents.append(index.flatten().int())
-    each = torch.arange(0, batch * k + 1, k, dtype=torch.int32)
+    each = torch.arange(0, batch * k + 1, k, dtype=torch.int32, device=x.device)
     order, start, token = _transposed(each, torch.cat(latents), (batch, d_sae))
     return Support(start, token, (batch, d_sae), torch.cat(values).index_select(0, order))
 
 
 def _bf16(matrix: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
-    """`matrix` with more columns, each [rows, 1], in bfloat16."""
+    """`matrix` with more columns, each [rows, 1], in bfloat16; on a GPU, with zeros up to a multiple of 8, as matmuls want it."""
     width = matrix.shape[1]
-    out = torch.empty(len(matrix), width + len(columns), dtype=torch.bfloat16)
+    more = len(columns) + (-(width + len(columns)) % 8 if matrix.is_cuda else 0)
+    out = torch.zeros(len(matrix), width + more, dtype=torch.bfloat16, device=matrix.device)
     out[:, :width] = matrix
-    out[:, width:] = torch.cat(columns, -1)
+    out[:, width : width + len(columns)] = torch.cat(columns, -1)
     return out
+
+
+@contextmanager
+def _sums_in_float32() -> Iterator[None]:
+    """A GPU's bfloat16 products summed in float32 throughout, as the bound on their rounding assumes."""
+    before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before
 
 
 _memory = threading.local()
 
 
-def _chunks(rows: int, columns: int, dtype: torch.dtype, ahead: int = 0) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+def _chunks(like: torch.Tensor, rows: int, columns: int, ahead: int = 0) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """A matrix of [rows, columns] by blocks of rows: (first row, room for the block, room for a mask of it).
 
-    ahead: rows of a smaller block that comes first, after which a caller may give up; 0: none.
+    like: a tensor of the type and on the device wanted. ahead: rows of a smaller block that comes first, after which a caller
+    may give up; 0: none. On a GPU there is no mask.
     It is always the same memory. To ask for new memory can cost more than the matmul that fills it: the system clears
     every page at its first use.
     """
-    size = min(rows, max(1, CHUNK // max(1, columns)))
-    key = size, columns, dtype, torch.is_inference_mode_enabled()  # memory of that mode cannot be written to outside of it
+    size = min(rows, max(1, (GPU_CHUNK if like.is_cuda else CHUNK) // max(1, columns)))
+    # memory of inference mode cannot be written to outside of it
+    key = size, columns, like.dtype, like.device, torch.is_inference_mode_enabled()
     if getattr(_memory, "key", None) != key:
-        _memory.chunk, _memory.mask = torch.empty(size, columns, dtype=dtype), torch.empty(size, columns, dtype=torch.bool)
+        _memory.chunk = torch.empty(size, columns, dtype=like.dtype, device=like.device)
+        _memory.mask = torch.empty(0 if like.is_cuda else size, columns, dtype=torch.bool)
         _memory.key = key
     ahead = min(ahead, size)
     if ahead:

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -74,11 +74,12 @@ def train_and_score(acts: Activations, config: TrainConfig, lm: LM, tokens: Toke
     return evaluate(remember(train, acts, config, log_rows=LOG_ROWS).sae, lm, tokens)
 
 
-def sweep(runs: Sequence[Run], lm: LM, tokens: Tokens, workers: int | None = None) -> list[Scored]:
+def sweep(runs: Sequence[Run], lm: LM, tokens: Tokens, workers: int | None = None, executor: Any = None) -> list[Scored]:
     """Train a configuration on activations for each of `runs`, score each SAE on held-out `tokens`; in their order.
 
     A run that is there twice is computed once. workers: processes, each with one thread; default is one a core, and
-    none where the model is on a GPU, which is then shared by nobody.
+    none where the model is on a GPU, which is then shared by nobody. executor: of submitit, see :mod:`jumprelu.cluster`: a job
+    for each task in place of processes; `workers` is then about how many are to run at once.
 
     Raises what :func:`jumprelu.train` does, for the first run that fails, and RuntimeError if a worker dies, which means
     that memory ran out or that someone killed it. Finished runs are kept: the same call goes on from there.
@@ -89,7 +90,11 @@ def sweep(runs: Sequence[Run], lm: LM, tokens: Tokens, workers: int | None = Non
                     slot(train_and_score, acts, config, lm, tokens)) for acts, config in runs]  # fmt: skip
     tasks = _tasks([job for job in jobs if not job.report.filled], workers)
     with tqdm(total=sum(map(len, tasks)), desc="SAEs", unit="run", leave=bool(tasks)) as progress:
-        if lm.device.type == "cpu":
+        if executor is not None:
+            from .cluster import on_cluster  # which imports from here
+
+            on_cluster(tasks, lm, tokens, executor, progress)
+        elif lm.device.type == "cpu":
             _in_processes(tasks, lm, tokens, workers, progress)
         else:
             for task in tasks:

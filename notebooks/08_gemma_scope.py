@@ -32,7 +32,7 @@ from jumprelu.intervals import Interval, bootstrap, mean_interval, over_seeds
 # %% tags=["parameters"]
 model: str = ""  # empty: the embedded model; otherwise a hub id or a folder
 dataset: str = "installed"  # text for training and evaluation
-releases: dict = {}  # site: hub id or folder, or a list of them that differ in their seed; empty: a small scope is trained
+releases: dict = {}  # site, or transcoder: hub id or folder, or several that differ in their seed; empty: a scope is trained
 layer: int = 3  # where widths, positions, kinds of text and precisions are compared
 layers: list = []  # layers beside that one; empty: all that the release has
 widths: list = [1024, 2048, 4096]  # the first one at all layers
@@ -63,6 +63,7 @@ batch_size: int = 256
 lr: float = 0.006
 sparsities: dict = {"threshold_init": [0.1, 0.06, 0.035], "sparsity": [0.002, 0.001, 0.001]}
 ends: list = [0, 2]  # those of them that are trained at other layers and widths, too
+transcoders: bool = True  # of the MLP at `layer`; they read behind a norm that models of Gemma's family have
 workers: int = 0  # processes that train, each with one thread; 0: one a core
 threads: int = 2
 
@@ -85,8 +86,9 @@ releases = releases or jr.remember(
     scopestudy.build, lm,
     jr.tokenize(jr.load_texts(dataset, "train"), lm.tokenizer, context_size, train_rows, rows_per_document),
     test_tokens[:naming_rows], study.configurations(base, sparsities), ends, layer, widths, seeds, layers, storage,
-    workers,
+    workers, transcoders,
 )  # fmt: skip
+coders = {"transcoder": releases.pop("transcoder", [])}
 chosen = scopestudy.choose(releases, layer, widths, layers, l0s)
 counts = {"SAEs": ("path", "size"), "layers": ("layer", "nunique"), "seeds": ("seed", "nunique")}
 print(chosen.groupby(["site", "width"], sort=False).agg(**counts))
@@ -250,10 +252,16 @@ jr.save_figure(plots.scope_dark(dark), "08_scope_dark", dark)
 # **What the paper claims** (G10). Transcoders, which predict an MLP's output from its input, cost more than SAEs of the MLP's
 # output at equal L0.
 #
-# **What is computed.** Nothing: the trainer makes autoencoders only, so the small scope has no transcoders. The loader reads
-# released ones (`load_sae("google/gemma-scope-2b-pt-transcoders", …)` gives a `Transcoder`); splicing them in takes a hook that
-# reads the MLP's input and replaces its output, which `jumprelu.hooks` does not have.
-#
+# **What is computed.** Transcoders of the base width at the middle layer, trained like the SAEs beside them (`jr.train` with
+# `targets`): they read what the norm before the MLP gives, less its gain, as Gemma Scope's do, and predict what the MLP adds to
+# the residual stream. They and the SAEs of that output are spliced in at the same place, and FVU is of the same vectors.
+
+# %%
+coder_table, _ = scopestudy.score(scopestudy.choose(coders, layer, widths[:1], [layer], l0s), lm, test_tokens)
+beside = pd.concat([narrow[narrow.site == "mlp_out"], coder_table])[columns].reset_index(drop=True)
+jr.save_figure(plots.scope_transcoders(beside), "08_scope_transcoders", beside)
+
+# %% [markdown]
 # ## A plan for 8 billion tokens, on paper
 #
 # **What the paper reports.** SAEs of 131 thousand latents on Gemma 2 9B: a batch of 4,096 in 45 ms on 8 TPU v5p chips,
@@ -404,8 +412,9 @@ scope_claims = [
             Interval(*cast[cast.site == site][["mean", "low", "high"]].iloc[0]), (-0.01, 0.01), "08_scope_dtype")
       for letter, site in zip("abc", sites, strict=False)),
     claim("G10", "Gemma Scope", "Transcoders cost more than SAEs of the MLP's output at equal L0.",
-          "delta LM loss at equal L0, transcoders / SAEs", None, (1, everything), "",
-          missing="needs transcoders and a hook to splice them in: the trainer makes none, the loader reads released ones"),
+          f"delta LM loss at equal L0, transcoders / SAEs, layer {layer}, {over('mlp_out', widths[0])}",
+          None if coder_table.empty else scopestudy.versus(beside, "site", "transcoder", "mlp_out", "delta_loss", documents),
+          (1, everything), "08_scope_transcoders", missing="needs transcoders: there are none for this model"),
     *(claim(f"G12{letter}", "Gemma Scope", f"r_L0 is 0.45 to 0.7 ({SHORT[site]}).",
             f"mean r_L0 at the L0 nearest to {target_l0:g}, over documents and seeds", at_point(site), (0.45, 0.7),
             "08_scope_uniformity") for letter, site in zip("abc", sites, strict=False)),

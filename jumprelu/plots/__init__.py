@@ -47,6 +47,7 @@ from .n08_scope import (
     scope_positions,
     scope_subsets,
     scope_tradeoff,
+    scope_transcoders,
     scope_uniformity,
     scope_widths,
 )
@@ -62,7 +63,7 @@ __all__ = [
     "induction", "inference", "interp_bands", "interp_scores", "kernel_comparison", "l0_by_token", "l0_targets",
     "latent_bands", "lemma", "lm_training", "matched_l0", "pareto", "place_ratios", "places", "real_agreement",
     "real_bandwidth", "remedies", "scaling", "scope_dark", "scope_dtype", "scope_frequency", "scope_layers",
-    "scope_plan", "scope_positions", "scope_subsets", "scope_tradeoff", "scope_uniformity", "scope_widths",
+    "scope_plan", "scope_positions", "scope_subsets", "scope_tradeoff", "scope_transcoders", "scope_uniformity", "scope_widths",
     "search_dtype", "shrinkage", "sites", "speed", "step_profile", "theorem", "thresholds", "toy_activations",
     "toy_errors", "training", "tuning",
 ]  # fmt: skip

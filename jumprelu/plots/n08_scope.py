@@ -15,7 +15,7 @@ from .common import error_bars, look_of, ticks_at
 use_style()
 
 GREY = "#717581"
-SITES = {"resid_post": "3f90da - o", "mlp_out": "bd1f01 -- s", "attn_out": "832db6 -. ^"}
+SITES = {"resid_post": "3f90da - o", "mlp_out": "bd1f01 -- s", "attn_out": "832db6 -. ^", "transcoder": "ffa90e : D"}
 WIDTHS = ("ffa90e : o", "3f90da -- s", "832db6 - D", "bd1f01 -. ^", "717581 - v", "a96b59 -- P")
 METRICS = {"delta_loss": "delta LM loss (nats per token)", "fvu": "FVU"}
 PARTS = {"encode": ("#3f90da", ""), "weights": ("#ffa90e", "//"), "entries": ("#832db6", ".."), "exchange": ("#bd1f01", "xx")}
@@ -73,6 +73,11 @@ def scope_tradeoff(data: pd.DataFrame) -> Figure:
     axes[1].set_ylim(0, None)
     axes[1].legend()
     return fig
+
+
+def scope_transcoders(data: pd.DataFrame) -> Figure:
+    """Transcoders beside SAEs of the MLP's output: columns and curves as of :func:`scope_tradeoff`."""
+    return scope_tradeoff(data)
 
 
 def scope_layers(data: pd.DataFrame) -> Figure:
