@@ -173,7 +173,7 @@ def _check(sae: SAE, latents: torch.Tensor | None) -> torch.Tensor:
 
 def _part(sae: SAE, latents: torch.Tensor, device: torch.device) -> SAE:
     """The SAE, with these latents alone where the others do not matter to them: TopK must see all."""
-    if sae.k is None and len(latents) < sae.d_sae:
+    if sae.k is None and type(sae) is SAE and len(latents) < sae.d_sae:  # others may encode in a way of their own
         at = latents.to(sae.W_enc.device)
         sae = SAE(sae.W_enc[:, at], sae.b_enc[at], sae.W_dec[at], sae.b_dec, sae.threshold[at], origin=sae.origin)
     return sae if sae.W_enc.device == device else copy.deepcopy(sae).to(device)

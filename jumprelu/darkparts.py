@@ -16,7 +16,7 @@ from .corpus import Tokens
 from .darkmatter import HeldOut, Split, decompose, linear_error, nonlinear_error, regress_errors
 from .darkstudy import STATISTICS
 from .downstream import Spliced, splice_variants
-from .files import tensor_digest
+from .files import digest, tensor_digest
 from .intervals import Interval, over_seeds
 from .lm import LM
 from .pursuit import pursue
@@ -39,6 +39,28 @@ def error_part(acts: Activations, sae: SAE, linear: Linear, part: str, out: str 
         value = linear_error(x, linear) if part == "linear" else nonlinear_error(x, sae, linear)
         add_shard(Path(out), index, number, shard._replace(activations=value))
     return open_activations(out)
+
+
+class OnPart(SAE):
+    """An SAE of a part of another one's error, made a function of the activation x: its contexts can be collected like any SAE's.
+
+    sae: of that part, "linear" or "nonlinear"; of: the SAE whose error it is; linear: the map to that error's linear part.
+    """
+
+    def __init__(self, sae: SAE, of: SAE, linear: Linear, part: str):
+        super().__init__(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold, sae.k, of.origin)
+        self.of, self.part = of, part
+        self.register_buffer("weight", linear.weight), self.register_buffer("bias", linear.bias)
+
+    @property
+    def fingerprint(self) -> str:
+        mapped = tensor_digest({"weight": self.weight, "bias": self.bias})
+        return digest(super().fingerprint, self.of.fingerprint, mapped, self.part)
+
+    def encode(self, x: torch.Tensor, sparse: bool = False) -> torch.Tensor:
+        linear = Linear(self.weight, self.bias)
+        value = linear_error(x, linear) if self.part == "linear" else nonlinear_error(x, self.of, linear)
+        return super().encode(value.to(x.dtype), sparse)
 
 
 def purity(sae: SAE, acts: Activations, top: int = 20) -> pd.DataFrame:

@@ -5,12 +5,15 @@ Notable here:
 - a shard is a function of its rows of tokens alone, is written by rename, and is entered in the index afterwards.
   So a process that is killed at any point leaves a store that the same call completes, byte for byte as if it had
   never stopped (on one machine, with one number of threads and one `batch_rows`: these change the last bits of a sum).
-- memory: one shard a site, and one batch in the model.
+- the model does not wait: activations are copied to the host while the next batch is computed, and a thread checks and
+  writes a shard while the next one is filled.
+- memory: two shards a site, and one batch in the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -67,31 +70,48 @@ def harvest(lm: LM, tokens: Tokens | torch.Tensor, site: str | Sequence[str] = "
     missing = {number: wanted for number, wanted in missing.items() if wanted}
 
     total = sum(int(keep[n * shard_rows : (n + 1) * shard_rows].sum()) for n in missing)
-    with tqdm(total=total, desc="harvesting", unit="act", unit_scale=True, mininterval=2, leave=bool(missing)) as progress:
+    writing: list[Future] = []
+    with (tqdm(total=total, desc="harvesting", unit="act", unit_scale=True, mininterval=2, leave=bool(missing)) as progress,
+          ThreadPoolExecutor(1, "jumprelu-shards") as writer):  # fmt: skip
         for number, wanted in missing.items():
             rows = slice(number * shard_rows, (number + 1) * shard_rows)
-            shards = {key: _empty_shard(tokens[rows], keep[rows], widths[key], DTYPES[dtype]) for key in wanted}
+            shards = {key: _empty_shard(tokens[rows], keep[rows], widths[key], DTYPES[dtype], lm.device) for key in wanted}
             done = 0
             for ids, kept in zip(tokens.ids[rows].split(batch_rows), keep[rows].split(batch_rows), strict=True):
-                place = slice(done, done + int(kept.sum()))
+                index = kept.flatten().nonzero().squeeze(-1)
                 for key, value in capture(lm, wanted, ids).items():
-                    new = shards[key].activations[place] = value[kept.to(value.device)].to(DTYPES[dtype])
-                    bad = (~torch.isfinite(new).all(dim=-1)).nonzero()
-                    if len(bad):
-                        row, position = keep[rows].nonzero()[done + int(bad[0])].tolist()
-                        raise ValueError(_not_finite(lm, key, rows.start + row, position, dtype))
-                done = place.stop
-                progress.update(place.stop - place.start)
-            for key, shard in shards.items():
-                add_shard(folders[key], indexes[key], number, shard)
+                    new = value.flatten(0, 1)[index.to(value.device)].to(DTYPES[dtype])
+                    shards[key].activations[done : done + len(index)].copy_(new, non_blocking=True)
+                done += len(index)
+                progress.update(len(index))
+            if lm.device.type == "cuda":
+                torch.cuda.synchronize(lm.device)
+            for one in writing:
+                one.result()
+            writing = [writer.submit(_check_and_add, lm, key, folders[key], indexes[key], number, shard, keep[rows], rows.start)
+                       for key, shard in shards.items()]  # fmt: skip
+        for one in writing:
+            one.result()
     stores = {key: open_activations(folder) for key, folder in folders.items()}
     return stores if several else stores[keys[0]]
 
 
-def _empty_shard(tokens: Tokens, keep: torch.Tensor, width: int, dtype: torch.dtype) -> Shard:
-    """A row for every position in `keep`, bool [n_rows, context_size], its activation still to be filled in."""
+def _check_and_add(lm: LM, key: Key, folder: Path, index: dict, number: int, shard: Shard, keep: torch.Tensor,
+                   first: int) -> None:
+    """Write a shard; keep: bool [n_rows, context_size], the positions that it holds; first: its first row of tokens."""
+    if not torch.isfinite(shard.activations.sum(dtype=torch.float32)):  # a sum may overflow without one, so look again
+        bad = (~torch.isfinite(shard.activations).all(dim=-1)).nonzero()
+        if len(bad):
+            row, position = keep.nonzero()[int(bad[0])].tolist()
+            raise ValueError(_not_finite(lm, key, first + row, position, index["request"]["dtype"]))
+    add_shard(folder, index, number, shard)
+
+
+def _empty_shard(tokens: Tokens, keep: torch.Tensor, width: int, dtype: torch.dtype, device: torch.device) -> Shard:
+    """A row for every position in `keep`, bool [n_rows, context_size], its activation still to be filled in from `device`."""
     row, position = keep.nonzero(as_tuple=True)
-    return Shard(torch.empty(len(row), width, dtype=dtype), tokens.ids[row, position], position, tokens.document[row])
+    activations = torch.empty(len(row), width, dtype=dtype, pin_memory=device.type == "cuda")
+    return Shard(activations, tokens.ids[row, position], position, tokens.document[row])
 
 
 def _not_finite(lm: LM, key: Key, row: int, position: int, dtype: str) -> str:

@@ -105,3 +105,21 @@ def uniformity_fall(runs: Sweep, architecture: str, lm: LM, tokens: Tokens, draw
     sparse, dense = (_uniformity(runs, of[pick(l0, key=l0.get)], lm, tokens) for pick in (min, max))
     gaps = [lambda w, a=a, b=b: b.mean(w) - a.mean(w) for a, b in zip(sparse, dense, strict=True)]
     return over_seeds(gaps, len(tokens), draws)
+
+
+# ---- what latents do ----------------------------------------------------------------------------------------------
+
+
+def densest(runs: Sweep) -> dict[str, list[SAE]]:
+    """The SAEs of each architecture at its densest setting, one a seed."""
+    found: dict[str, list[int]] = {}
+    for (architecture, _), places in settings(runs.table).items():
+        before = found.get(architecture)
+        if before is None or runs.table.l0.iloc[places].mean() > runs.table.l0.iloc[before].mean():
+            found[architecture] = places
+    return {architecture: [runs.runs[place].sae() for place in places] for architecture, places in found.items()}
+
+
+def apart(one: Interval, other: Interval) -> Interval:
+    """One minus the other, from their nearest to their farthest ends: too wide if they are independent."""
+    return Interval(one.mean - other.mean, one.low - other.high, one.high - other.low)

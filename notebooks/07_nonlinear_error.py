@@ -23,11 +23,12 @@
 import dataclasses
 import math
 
+import numpy as np
 import pandas as pd
 import torch
 
 import jumprelu as jr
-from jumprelu import darkmatter, darkparts, darkstudy, plots, study, synthetic
+from jumprelu import darkmatter, darkparts, darkstudy, interp, plots, study, synthetic
 from jumprelu.claims import claim, ledger
 from jumprelu.intervals import Interval, mean_interval
 
@@ -58,6 +59,8 @@ test_share: float = 0.4  # of these documents for testing
 start: int = 0  # the first position in a row whose error counts; the authors' is 200
 pursuit_rows: int = 80  # of these rows, for pursuit, which is dear, and for what explains the error besides
 splice_rows: int = 24  # rows on which the model's loss is measured
+explained_rows: int = 160  # of these rows, for contexts of latents of SAEs on parts of the error
+explained: int = 24  # latents of each such SAE that are explained
 splice_start: int = 100  # position from which on activations are replaced
 earlier: list = [["resid_post", 2], ["attn_out", 3], ["mlp_out", 3]]  # components whose SAEs' outputs may explain the error
 levels: list = [0, 0.1, 0.3]  # of what is added to known features, as shares of their variance
@@ -91,13 +94,14 @@ def trained(configs: dict, store=acts) -> study.Sweep:
 #
 # **What is computed.** The maps of a TopK SAE's error, fitted on held-out documents, split its error on the training
 # activations; a second SAE of the same kind, for the same steps, is trained on each part and on x itself (training brings each
-# to the same mean square). FVU on other held-out documents; and, in place of a reader, the purity of each latent: the share of
-# its twenty most active tokens that are the same token. Over seeds of both SAEs.
+# to the same mean square). FVU on other held-out documents; and, in place of a reader, two scores of latents: purity, the share
+# of the twenty most active tokens that are the same token, and the correlation of a latent with what the rules of notebook 09 say
+# of it, on documents apart. Over seeds of both SAEs.
 
 # %%
 first = trained({"TopK": [topk]})
 maps, _ = jr.remember(darkmatter.decompose, held_out, {str(run.config.seed): run.sae() for run in first.runs}, parts)
-rows = []
+rows, on_parts = [], {}
 for run in first.runs:
     linear, seed = maps[str(run.config.seed)].linear, run.config.seed
     for part in ("x", "linear", "nonlinear"):
@@ -107,8 +111,14 @@ for run in first.runs:
         sae = jr.remember(jr.train, for_training, config).sae.cpu()
         test = darkmatter.decompose(for_test, {part: sae}, parts)[0][part].test
         found = darkparts.purity(sae, for_test)
+        on_parts[f"{part} {seed}"] = sae if part == "x" else darkparts.OnPart(sae, run.sae(), linear, part)
         rows += [(part, seed, "FVU", test.fvu(torch.ones(1, len(test.tokens), dtype=torch.float64)).item()),
                  (part, seed, "purity", found.purity.mean()), (part, seed, "purity by chance", found.chance.mean())]
+said = jr.remember(interp.study, on_parts, lm, error_tokens[:explained_rows], count=explained)
+said[["part", "seed"]] = said.sae.str.split(" ", expand=True)
+for (part, seed), latents in said.groupby(["part", "seed"]):
+    known = latents.dropna(subset="correlation")
+    rows.append((part, int(seed), "correlation", np.average(known.correlation, weights=known.weight)))
 second = pd.DataFrame(rows, columns=["part", "seed", "quantity", "value"])
 jr.save_figure(plots.dark_parts(second), "07_dark_parts", second)
 
@@ -260,6 +270,9 @@ claims = [
     claim("D6b", "Dark matter", "Latents of SAEs trained on the nonlinear error are less interpretable.",
           "purity of latents (share of the top 20 tokens that are the same), nonlinear − linear", worse("purity"),
           (-everything, 0), "07_dark_parts", "purity is no rating by a reader", few),
+    claim("D6c", "Dark matter", "So say explanations of their latents.",
+          "correlation of latents with what rules say of them, nonlinear − linear", worse("correlation"), (-everything, 0),
+          "07_dark_parts", "explained by rules, not by a reader", few),
     claim("D7a", "Dark matter", "The nonlinear error causes a proportional share of the rise in cross-entropy (to a quarter).",
           f"its share of the rise, mean of missing alone and restored alone, over its share of the squared error, "
           f"{next(iter(variants))} at L0 = {at_l0:.0f}", by_l0, (0.8, 1.25), "07_dark_harm",

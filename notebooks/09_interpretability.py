@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 
 import jumprelu as jr
-from jumprelu import contexts, interp, interpstudy, pages, plots, study
+from jumprelu import absorption, contexts, editing, interp, interpstudy, pages, plots, study
 from jumprelu.claims import claim, ledger
 from jumprelu.figures import figures_folder
 from jumprelu.intervals import Interval
@@ -55,6 +55,9 @@ variants: dict = {  # two points each of notebook 03's frontier, the sparser fir
 read_rows: int = 320  # rows of held-out documents, one a document, from which contexts are taken
 latents: int = 30  # of each SAE
 uniform_rows: int = 40  # rows on which r_L0 is measured, at two positions each
+edit_rows: int = 160  # rows in which latents are taken away
+edit_positions: int = 30  # of each concept, in each half of the documents
+absorption_rows: int = 80  # rows on which absorption is measured
 draws: int = 1000  # of the bootstrap
 workers: int = 0  # processes that train, each with one thread; 0: one a core
 threads: int = 2
@@ -133,6 +136,39 @@ uniform = interpstudy.uniformity_table(runs, lm, read_tokens[:uniform_rows], dra
 jr.save_figure(plots.attribution_uniformity(uniform), "09_attribution_uniformity", uniform)
 
 # %% [markdown]
+# ## How few latents must be changed?
+#
+# **The idea** (from memory, after Marks et al. 2024). If latents are units of the computation, taking away the few that stand for
+# a concept changes what the model does about it, and little else.
+#
+# **What is computed.** Concepts are rules on Python text with a set of answers: a round bracket is open and the next token closes
+# it, a string of double quotes is open and the next one ends it, and so on. At held-out positions where the model's first
+# choice is an answer, the first n latents are taken away, x − Σ f_i d_i, ranked on other documents by attribution to the
+# log-odds of an answer, by mean activation, or not at all. Left: how far the log-odds fall, mean over concepts; right: the
+# share of first choices that are an answer no more. SAEs of the denser setting; bars are for documents and seeds.
+
+# %%
+denser_saes = interpstudy.densest(runs)
+edited = jr.remember(editing.editing_table, lm, denser_saes, read_tokens[:edit_rows], most=edit_positions, draws=draws)
+changes = edited[(edited.concept == "all") & (edited.n > 0)].reset_index(drop=True)
+jr.save_figure(plots.editing(changes), "09_editing", changes)
+
+# %% [markdown]
+# ## Do special latents take over?
+#
+# **What is claimed** (Chanin et al. 2024, from memory). A latent for a general feature, such as "begins with s", is silent on
+# some tokens that have it, because a latent for the token itself has taken it over: absorption.
+#
+# **What is computed.** For facts about tokens (first letters, keywords, capitals …): a linear probe and the latents that tell
+# the fact best, on half of the documents; on the others, the share of tokens with the fact, of which the probe says so, at which
+# all those latents are silent, and the share at which one other latent along the probe's direction carries it. Mean over facts.
+
+# %%
+taken = jr.remember(absorption.absorption_table, lm, denser_saes, read_tokens[:absorption_rows], draws=draws)
+over_facts = taken[taken.feature == "all"].reset_index(drop=True)
+jr.save_figure(plots.absorption(over_facts), "09_absorption", over_facts)
+
+# %% [markdown]
 # ## Pages to look at
 #
 # Nothing replaces looking. The first SAE's latents, with contexts, histogram, logit effects, neighbours, and where there is one
@@ -170,6 +206,16 @@ def own(name: str, column: str = "correlation"):
     return Interval(*rows[["mean", "low", "high"]].iloc[0])
 
 
+def edit_at(quantity: str, n: int, ranking: str = "attribution", name: str = next(iter(variants))):
+    rows = edited[(edited.concept == "all") & (edited.quantity == quantity) & (edited.n == n)]
+    return Interval(*rows[(rows.ranking == ranking) & (rows["name"] == name)][["mean", "low", "high"]].iloc[0])
+
+
+def absorbed_by(name: str):
+    rows = over_facts[(over_facts["name"] == name) & (over_facts.quantity == "absorbed")]
+    return Interval(*rows[["mean", "low", "high"]].iloc[0])
+
+
 frequent = table[table.setting.isin(runs.table.architecture)]
 frequent = frequent.assign(sae=(frequent.band == frequent.band.max()).map({True: "frequent", False: "other"}), band=0)
 gain = interpstudy.over_shuffled(overall, next(iter(variants)), draws)
@@ -193,6 +239,25 @@ claims = [
     claim("I3", "ours", "Frequent latents are harder to explain.",
           "correlation of explanations, latents above 10 % − others, all architectures, latents of the sample counting alike",
           interp.difference(frequent, "frequent", "other", "correlation", draws), (-everything, 0), "09_interp_bands"),
+    claim("I4", "ours", "Frequent latents are harder to explain the more so the sparser the SAE.",
+          "I3's difference at the sparser setting − at the denser, ends of two intervals, apart",
+          interpstudy.apart(*(interp.difference(frequent[frequent.point == point], "frequent", "other", "correlation", draws)
+                              for point in (0, last))), (-everything, 0), "09_interp_bands"),
+    claim("J16a", "ours", "A few latents carry a concept: without eight of them the log-odds of an answer fall by a nat.",
+          "fall of the log-odds, nats, 8 latents by attribution, JumpReLU", edit_at("fall", 8), (1, everything), "09_editing"),
+    claim("J16b", "ours", "They are the ones that attribution names, not any eight that are active.",
+          "fall of the log-odds, nats, 8 latents by attribution − 8 at random, ends of two intervals, apart, JumpReLU",
+          interpstudy.apart(edit_at("fall", 8), edit_at("fall", 8, "random")), (0, everything), "09_editing"),
+    claim("J16c", "ours", "32 latents change half of the answers.", "share of first choices changed, JumpReLU",
+          edit_at("changed", 32), (0.5, 1), "09_editing"),
+    *(claim(f"J16{letter}", "ours", f"It takes JumpReLU fewer latents than {other}, for a fall of a nat.",
+            f"latents needed, JumpReLU − {other}, ends of two intervals, apart",
+            interpstudy.apart(edit_at("needed for a nat", 0), edit_at("needed for a nat", 0, "attribution", other)),
+            (-everything, 0), "09_editing", "several at once are counted up to 64")
+      for letter, other in zip("defg", list(variants)[1:], strict=False)),
+    claim("I5", "Absorption", "Some tokens' general features are absorbed by special latents.",
+          "share of tokens absorbed, mean over facts, JumpReLU", absorbed_by(next(iter(variants))), (0.01, 1), "09_absorption",
+          "the criterion is from memory"),
     claim("J12", "JumpReLU", "r_L0 falls with L0.", "r_L0 of JumpReLU at the denser setting − at the sparser",
           interpstudy.uniformity_fall(runs, next(iter(variants)), lm, read_tokens[:uniform_rows], draws), (-everything, 0),
           "09_attribution_uniformity", "one seed: over documents only" if seeds == 1 else ""),
@@ -212,8 +277,7 @@ ledger("09", claims)[["id", "claim", "value", "low", "high", "verdict"]]
 # latents are harder to explain (I3). JumpReLU's r_L0 lies where it is reported to lie, but does not fall with L0 beyond its
 # interval (J12); ReLU's is lower.
 #
-# Not done here: a language model as explainer (`jumprelu.explain_llm` takes a local one or an endpoint), ratings by people,
-# and the tables of `jumprelu.editing` (how few latents must be changed to change an answer) and `jumprelu.absorption`.
+# Not done here: a language model as explainer (`jumprelu.explain_llm` takes a local one or an endpoint), and ratings by people.
 #
 # ## Facts
 

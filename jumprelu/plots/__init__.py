@@ -51,19 +51,21 @@ from .n08_scope import (
     scope_uniformity,
     scope_widths,
 )
-from .n09_interpretability import attribution_uniformity, interp_bands, interp_scores
+from .n09_interpretability import absorption, attribution_uniformity, editing, interp_bands, interp_scores
 from .n10_speed import density, equal_tokens, inference, search_dtype, speed, step_profile
 
 __all__ = [
-    "ablations", "annealing", "attribution_uniformity", "bandwidth_sweep", "bandwidth_tradeoff",
-    "best_bandwidth", "bias_and_noise", "bits_per_byte", "dark_architectures", "dark_baselines",
-    "dark_breakdown", "dark_controls", "dark_directions", "dark_harm", "dark_matched", "dark_norms",
-    "dark_pairs", "dark_parts", "dark_places", "dark_pursuit", "dark_sources", "dark_synthetic", "dead_latents",
-    "density", "diagnostics", "equal_tokens", "estimator_along_run", "frequency_histograms", "frequent_latents",
-    "induction", "inference", "interp_bands", "interp_scores", "kernel_comparison", "l0_by_token", "l0_targets",
-    "latent_bands", "lemma", "lm_training", "matched_l0", "pareto", "place_ratios", "places", "real_agreement",
-    "real_bandwidth", "remedies", "scaling", "scope_dark", "scope_dtype", "scope_frequency", "scope_layers",
-    "scope_plan", "scope_positions", "scope_subsets", "scope_tradeoff", "scope_transcoders", "scope_uniformity", "scope_widths",
-    "search_dtype", "shrinkage", "sites", "speed", "step_profile", "theorem", "thresholds", "toy_activations",
-    "toy_errors", "training", "tuning",
+    "ablations", "absorption", "annealing", "attribution_uniformity", "bandwidth_sweep",
+    "bandwidth_tradeoff", "best_bandwidth", "bias_and_noise", "bits_per_byte", "dark_architectures",
+    "dark_baselines", "dark_breakdown", "dark_controls", "dark_directions", "dark_harm", "dark_matched",
+    "dark_norms", "dark_pairs", "dark_parts", "dark_places", "dark_pursuit", "dark_sources",
+    "dark_synthetic", "dead_latents", "density", "diagnostics", "editing", "equal_tokens",
+    "estimator_along_run", "frequency_histograms", "frequent_latents", "induction", "inference",
+    "interp_bands", "interp_scores", "kernel_comparison", "l0_by_token", "l0_targets", "latent_bands",
+    "lemma", "lm_training", "matched_l0", "pareto", "place_ratios", "places", "real_agreement",
+    "real_bandwidth", "remedies", "scaling", "scope_dark", "scope_dtype", "scope_frequency",
+    "scope_layers", "scope_plan", "scope_positions", "scope_subsets", "scope_tradeoff",
+    "scope_transcoders", "scope_uniformity", "scope_widths", "search_dtype", "shrinkage", "sites",
+    "speed", "step_profile", "theorem", "thresholds", "toy_activations", "toy_errors", "training",
+    "tuning",
 ]  # fmt: skip

@@ -47,11 +47,13 @@ def _limits(rows: pd.DataFrame, always: tuple[float, ...], lowest: float, highes
 def dark_parts(data: pd.DataFrame) -> Figure:
     """SAEs trained on x and on each part of an SAE's error: columns part (x, linear, nonlinear), seed, quantity, value.
 
-    Quantities FVU, purity, purity by chance (of latents, mean). Points of seeds, and their mean with a 95 % t-interval.
+    Quantities FVU; purity, purity by chance and correlation (of latents, mean). Points of seeds, and their mean with a 95 %
+    t-interval.
     """
-    fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.4))
+    fig, axes = plt.subplots(1, 3, figsize=(10.5, 3.4))
     labels = {"FVU": "FVU, share of the variance\nof what it is trained on",
-              "purity": "mean purity of latents, share of their\ntop tokens that are the same"}  # fmt: skip
+              "purity": "mean purity of latents, share of their\ntop tokens that are the same",
+              "correlation": "mean correlation of latents with\nwhat rules say of them"}  # fmt: skip
     for ax, (quantity, label) in zip(axes, labels.items(), strict=True):
         rows = data[data.quantity == quantity]
         points_and_mean(ax, rows.part.map({"x": "x", "linear": "linear\nerror", "nonlinear": "nonlinear\nerror"}), rows.value)

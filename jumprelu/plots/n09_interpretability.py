@@ -82,3 +82,41 @@ def attribution_uniformity(data: pd.DataFrame) -> Figure:
     ax.xaxis.set_minor_locator(ticker.NullLocator())
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
     return fig
+
+
+def editing(data: pd.DataFrame) -> Figure:
+    """What taking n latents away does: columns name (architecture), ranking, quantity, n, mean, low, high.
+
+    Lines: ranked by attribution, filled; grey: by chance, of all architectures alike.
+    """
+    labels = {"fall": "fall of the answers' log-odds (nats)", "changed": "share of first choices changed"}
+    fig, axes = plt.subplots(1, 2, figsize=(8.8, 3.5))
+    for ax, (quantity, label) in zip(axes, labels.items(), strict=True):
+        some = data[data.quantity == quantity]
+        for _, rows in some[some.ranking == "random"].groupby("name", sort=False):
+            ax.plot(rows.n, rows["mean"], color=GREY, linewidth=0.8, linestyle=":")
+        for name, rows in some[some.ranking == "attribution"].groupby("name", sort=False):
+            ax.errorbar(rows.n, rows["mean"], yerr=_bars(rows), capsize=2, elinewidth=0.9, label=name, **architecture_look(name))
+        ax.set(xscale="log", xlabel="latents taken away", ylabel=label)
+        ax.set_xticks(sorted(some.n.unique()), [f"{n:g}" for n in sorted(some.n.unique())])
+        ax.xaxis.set_minor_locator(ticker.NullLocator())
+    handles, names = axes[0].get_legend_handles_labels()
+    fig.legend([*handles, Line2D([], [], color=GREY, linestyle=":")], [*names, "ranked by chance"], loc="outside right center")
+    return fig
+
+
+def absorption(data: pd.DataFrame) -> Figure:
+    """Shares of tokens with a feature, by architecture: columns name, quantity (silent, absorbed), mean, low, high."""
+    labels = {"silent": "all main latents are silent", "absorbed": "another latent carries it"}
+    names = list(dict.fromkeys(data["name"]))
+    fig, ax = plt.subplots(figsize=(6.4, 0.9 + 0.36 * len(names)))
+    for offset, (quantity, label), look in zip((0.13, -0.13), labels.items(), ("3f90da o none", "bd1f01 s full"), strict=True):
+        color, marker, fill = look.split()
+        rows = data[data.quantity == quantity].set_index("name").loc[names]
+        ax.errorbar(rows["mean"], np.arange(len(names)) + offset, xerr=_bars(rows), linestyle="", capsize=2, color=f"#{color}",
+                    marker=marker, fillstyle=fill, label=label)  # fmt: skip
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlabel="share of the tokens that have the feature, mean over features", xlim=(0, None), ylim=(len(names) - 0.5, -0.5))
+    ax.grid(axis="y", visible=False)
+    ax.legend()
+    return fig
