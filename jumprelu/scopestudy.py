@@ -79,8 +79,7 @@ def build(lm: LM, train_tokens: Tokens, test_tokens: Tokens, configs: Sequence[T
         scored = sweep([(acts, config) for _, acts, config in jobs], lm, test_tokens, workers or None)
         paths = [f"{name}/{path_for(one.layer, one.config.d_sae, one.report.l0.value)}"
                  for (name, _, _), one in zip(jobs, scored, strict=True)]  # fmt: skip
-        if twice := sorted({path for path in paths if paths.count(path) > 1}):
-            raise ValueError(f"two SAEs would be {twice[0]}: choose sparsities further apart")
+        _check_apart(paths)
         for path, one in zip(tqdm(paths, desc="writing the scope", unit="SAE", leave=False), scored, strict=True):
             save_gemma_scope(one.sae(), out / path)
         names = list(dict.fromkeys(name for name, _, _ in jobs))
@@ -92,14 +91,22 @@ def build(lm: LM, train_tokens: Tokens, test_tokens: Tokens, configs: Sequence[T
     return {site: [str(out / name) for name in names if name.startswith(f"{site}/")] for site in (*SITES, "transcoder")}
 
 
+def _check_apart(paths: Sequence[str]) -> None:
+    if twice := sorted({path for path in paths if paths.count(path) > 1}):
+        raise ValueError(f"two SAEs would be {twice[0]}: choose sparsities further apart")
+
+
 def _write_transcoders(lm: LM, train_tokens: Tokens, test_tokens: Tokens, configs: Sequence[Sequence[TrainConfig]], layer: int,
                        storage: str, out: Path) -> list[str]:
     """Transcoders with the configurations of each seed, at the place of Gemma Scope's; returns their folders."""
     read, predicted = harvest_all(lm, train_tokens, ("mlp_in_before_gain", "mlp_out"), [layer], storage).values()
     for seed, some in enumerate(configs):
         found = [result.sae for result in remember(train_many, read, some, targets=predicted, log_rows=LOG_ROWS)]
-        for sae, report in zip(found, evaluate_many(found, lm, test_tokens), strict=True):
-            save_gemma_scope(sae, out / f"transcoder/seed_{seed}/{path_for(layer, sae.d_sae, report.l0.value)}")
+        paths = [f"transcoder/seed_{seed}/{path_for(layer, sae.d_sae, report.l0.value)}"
+                 for sae, report in zip(found, evaluate_many(found, lm, test_tokens), strict=True)]  # fmt: skip
+        _check_apart(paths)
+        for path, sae in zip(paths, found, strict=True):
+            save_gemma_scope(sae, out / path)
     return [f"transcoder/seed_{seed}" for seed in range(len(configs))]
 
 

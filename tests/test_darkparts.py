@@ -11,7 +11,7 @@ import jumprelu as jr
 from jumprelu.activations import activations_from_tensor, add_shard, open_activations, start_store
 from jumprelu.corpus import Tokens
 from jumprelu.darkmatter import decompose, linear_error, nonlinear_error, regress_errors, split
-from jumprelu.darkparts import Source, error_part, harm_table, purity, pursue_all, pursuit_table, source_table
+from jumprelu.darkparts import OnPart, Source, error_part, harm_table, purity, pursue_all, pursuit_table, source_table
 from jumprelu.darkstudy import random_sae
 from jumprelu.downstream import splice_variants
 from jumprelu.pursuit import pursue
@@ -51,6 +51,19 @@ def test_a_store_of_part_of_an_error(acts, tmp_path):
     assert torch.allclose(sae(x) + one + other, x, atol=1e-5)
     assert torch.allclose(one.double(), linear(x), atol=1e-5)
     assert [shard.document.tolist() for shard in parts["linear"].shards()] == [shard.document.tolist() for shard in acts.shards()]
+
+
+@pytest.mark.parametrize("part", ["linear", "nonlinear"])
+def test_an_sae_of_a_part_of_the_error_reads_x(acts, tmp_path, part):
+    sae, second = small_sae(4), small_sae(5)
+    linear = decompose(acts, {"sae": sae}, split(acts))[0]["sae"].linear
+    stored = torch.cat([shard.activations for shard in error_part(acts, sae, linear, part, tmp_path / part).shards()])
+    wrapped = OnPart(second, sae, linear, part)
+    x = torch.cat([shard.activations for shard in acts.shards()])
+    torch.testing.assert_close(wrapped.encode(x), second.encode(stored), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(wrapped.encode(x, sparse=True).to_dense(), wrapped.encode(x))
+    others = [OnPart(second, small_sae(6), linear, part), OnPart(small_sae(6), sae, linear, part), second]
+    assert len({one.fingerprint for one in (wrapped, *others)}) == 4
 
 
 def test_purity_of_latents_that_stand_for_tokens(tmp_path):

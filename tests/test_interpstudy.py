@@ -11,6 +11,7 @@ from models import random_ids, tiny_lm
 from jumprelu import interpstudy
 from jumprelu.attribution import token_uniformity
 from jumprelu.corpus import Tokens
+from jumprelu.intervals import Interval
 from jumprelu.sae import SAE, Origin
 
 
@@ -70,3 +71,16 @@ def test_uniformity_over_seeds_and_its_fall(runs, lm, tmp_path, monkeypatch):
     assert found.loc[("b", 0), "l0"] == 6.0
     fall = interpstudy.uniformity_fall(runs, "a", lm, tokens, draws=20)
     assert fall.mean == pytest.approx((mean[1] + mean[4] - mean[0] - mean[3]) / 2)
+
+
+def test_the_densest_setting_is_found_by_l0(runs):
+    found = interpstudy.densest(runs)
+    for architecture, saes in found.items():
+        rows = runs.table[runs.table.architecture == architecture]
+        l0 = rows.groupby(rows.groupby("seed").cumcount()).l0.mean()
+        expected = rows[rows.groupby("seed").cumcount() == l0.idxmax()].index
+        assert [sae.fingerprint for sae in saes] == [runs.runs[place].sae().fingerprint for place in expected]
+
+
+def test_two_intervals_apart():
+    assert interpstudy.apart(Interval(3.0, 2.0, 5.0), Interval(1.0, 0.5, 1.5)) == Interval(2.0, 0.5, 4.5)

@@ -16,7 +16,7 @@ from jumprelu.hooks import SITES, capture
 from jumprelu.metrics import evaluate
 from jumprelu.recipe import TrainConfig
 from jumprelu.rises import Rises, kind_of, octaves, position_table, subset_table, token_rises, tokenize_kinds
-from jumprelu.sae import SAE, Origin
+from jumprelu.sae import SAE, Origin, Transcoder
 from jumprelu.scope import available, path_for, save_gemma_scope
 
 BASE = TrainConfig(d_sae=1024, steps=6, batch_size=32, sparsity=1e-3)
@@ -60,8 +60,8 @@ def test_a_scope_is_built_in_gemma_scopes_layout_and_returned_at_once_the_second
     configs = [TrainConfig(d_sae=1024, steps=6, batch_size=32, threshold_init=theta) for theta in (0.3, 0.15, 0.01)]
     arguments = (lm, train, test, configs, [0, 2], 1, [1024, 2048], 2)
     found = scopestudy.build(*arguments, workers=1, out=tmp_path / "scope")
-    assert list(found) == list(SITES) and all(len(folders) == 2 for folders in found.values())
-    for folders in found.values():
+    assert list(found) == [*SITES, "transcoder"] and all(len(folders) == 2 for folders in found.values())
+    for folders in (found[site] for site in SITES):
         first, second = (available(folder) for folder in folders)
         # layer 1: three sparsities at the first width and two at the second, in each seed; elsewhere two, in the first seed
         assert first.groupby(["layer", "width"]).size().to_dict() == {(0, "1k"): 2, (1, "1k"): 3, (1, "2k"): 2, (2, "1k"): 2}
@@ -70,6 +70,12 @@ def test_a_scope_is_built_in_gemma_scopes_layout_and_returned_at_once_the_second
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "scope").rglob("*")}
     assert scopestudy.build(*arguments, workers=1, out=tmp_path / "scope") == found
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "scope").rglob("*")} == before
+    coders = scopestudy.choose({"transcoder": found.pop("transcoder")}, 1, [1024])
+    assert coders.groupby("seed").size().tolist() == [3, 3]
+    first = scopestudy.load(next(coders.itertuples()))
+    assert isinstance(first, Transcoder) and (first.origin.site, first.origin.layer) == ("mlp_in_before_gain", 1)
+    scored, _ = scopestudy.score(coders, lm, test)
+    assert all(round(l0) == label for l0, label in zip(scored.l0, scored.l0_label, strict=True)) and (scored.fvu > 0).all()
     chosen = scopestudy.choose(found, 1, [1024, 2048])
     assert len(chosen) == 3 * (9 + 3) + 2 and chosen.groupby("layer").seed.nunique().to_dict() == {0: 1, 1: 2, 2: 1}
     table, reports = scopestudy.score(chosen[chosen.layer == 1], lm, test)
