@@ -116,7 +116,7 @@ for run in first.runs:
                  (part, seed, "purity", found.purity.mean()), (part, seed, "purity by chance", found.chance.mean())]
 said = jr.remember(interp.study, on_parts, lm, error_tokens[:explained_rows], count=explained)
 said[["part", "seed"]] = said.sae.str.split(" ", expand=True)
-for (part, seed), latents in said.groupby(["part", "seed"]):
+for (part, seed), latents in said.groupby(["part", "seed"], sort=False):
     known = latents.dropna(subset="correlation")
     rows.append((part, int(seed), "correlation", np.average(known.correlation, weights=known.weight)))
 second = pd.DataFrame(rows, columns=["part", "seed", "quantity", "value"])
@@ -318,12 +318,14 @@ ledger("07", claims)[["id", "claim", "value", "low", "high", "verdict"]]
 # **What differs from the paper, and why.** On the mean of its harm when it is missing and of the gain when it is given
 # back, the nonlinear error does harm nearly in proportion to its size (D7a); but the two are far from 1 on either side
 # (D7d, D7e): both parts missing together cost more than the sum of each missing alone, so that giving one back looks like
-# more than its share and missing it alone like less. The narrowest SAEs do not settle it (D7b). SAEs on the nonlinear error
-# do worse, and have latents of less uniform contexts (D6); purity is no rating by a reader. A greedy search for the code at
-# equal L0 lowers the error by far more than the few per cent that are reported for Gemma Scope's, and the more so the wider
-# the SAE (D8); so no earlier component explains more of the nonlinear error of the same SAEs than the search removes (D9).
+# more than its share and missing it alone like less. The narrowest SAEs do not settle it (D7b). SAEs on the nonlinear
+# error do worse, and have latents of less uniform contexts, of which rules say less (D6); neither is a rating by a
+# reader. A greedy search for the code at equal L0 lowers the error by far more than the few per cent that are reported
+# for Gemma Scope's, and the more so the wider the SAE (D8); so no earlier component explains more of the nonlinear error
+# of the same SAEs than the search removes (D9).
 # A likely reason is the training, of minutes and not of days: an encoder that lags behind its dictionary leaves more to a
-# search. That was not tested; longer runs would tell.
+# search. Longer runs say so: with ten times the tokens (profile `thorough`, [its figures](../figures/thorough)) the
+# search gains less at the same width, but still far more than was reported.
 #
 # Where the causes are known, correlations come out as the paper's, by and large (D13a to D13d); they say what grows with
 # what, and not what an error consists of. Of dense noise alone less than half becomes linear error (D13e): where s varies

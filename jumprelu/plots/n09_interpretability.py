@@ -109,7 +109,7 @@ def absorption(data: pd.DataFrame) -> Figure:
     """Shares of tokens with a feature, by architecture: columns name, quantity (silent, absorbed), mean, low, high."""
     labels = {"silent": "all main latents are silent", "absorbed": "another latent carries it"}
     names = list(dict.fromkeys(data["name"]))
-    fig, ax = plt.subplots(figsize=(6.4, 0.9 + 0.36 * len(names)))
+    fig, ax = plt.subplots(figsize=(6.4, 1.2 + 0.36 * len(names)))
     for offset, (quantity, label), look in zip((0.13, -0.13), labels.items(), ("3f90da o none", "bd1f01 s full"), strict=True):
         color, marker, fill = look.split()
         rows = data[data.quantity == quantity].set_index("name").loc[names]
@@ -118,5 +118,5 @@ def absorption(data: pd.DataFrame) -> Figure:
     ax.set_yticks(range(len(names)), names)
     ax.set(xlabel="share of the tokens that have the feature, mean over features", xlim=(0, None), ylim=(len(names) - 0.5, -0.5))
     ax.grid(axis="y", visible=False)
-    ax.legend()
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig
