@@ -298,7 +298,7 @@ class Trainee(torch.nn.Module):
         if c.architecture == "topk":  # moving norms into the encoder would change which latents are the largest
             norm = torch.ones_like(norm)
         training = json.loads(json.dumps(dataclasses.asdict(c)))  # as it will be read back: lists for tuples
-        origin = Origin(model_name, site, layer, c.architecture, float(input_scale), training)
+        origin = Origin(model_name, site, layer, c.architecture, C, training)
         kind, W_enc = (Transcoder, W_enc * (C / input_scale)) if self.transcoder else (SAE, W_enc)
         return kind(W_enc * norm, C * norm * (b_enc + offset), self.W_dec / norm[:, None], C * self.b_dec,
                     C * norm * threshold, k=c.k if c.architecture == "topk" else None, origin=origin)  # fmt: skip

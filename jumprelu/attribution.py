@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .corpus import Tokens, as_tokens
 from .hooks import capture, record_blocks, resume_after, splice
 from .lm import LM
-from .sae import SAE
+from .sae import SAE, check_autoencoder
 
 
 class Uniformity(NamedTuple):
@@ -61,6 +61,7 @@ def token_uniformity(sae: SAE, lm: LM, tokens: Tokens | torch.Tensor, per_row: i
     """
     tokens = as_tokens(tokens)
     lm.check_ids(tokens.ids)
+    check_autoencoder(sae)
     site, layer = sae.origin.site, sae.origin.layer
     if site is None or layer is None:
         raise ValueError("this SAE does not remember where it was trained: make it with SAE(..., "

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from .estimators import KERNELS, REACH, jump_relu, kernel, step
 from .intervals import jackknife, leave_one_out, mean_interval, squared_length
+from .sae import check_autoencoder
 from .theorem import Coder, Gaussian, exact_gradient, expected_estimate, influence, parts, ste_gradients
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def normalised(sae: SAE) -> Coder:
 
     On the CPU, where the stored activations are read to and where checks are made.
     """
+    check_autoencoder(sae)
     scale = float(sae.input_scale)
     W_enc, b_enc, W_dec, b_dec, threshold = (
         getattr(sae, name).detach().cpu() for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")

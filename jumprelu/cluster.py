@@ -10,8 +10,9 @@ Notable here:
 - model and tokens travel by place and are checked by content. Before it trains, a job finds the keys of its runs anew and
   refuses if they differ: code that was edited while the job stood in the queue must not file results under the old code's key.
 - the process that waits may be killed: jobs go on. Called again, a sweep computes what is missing and does not know of jobs
-  that still wait or run. It submits their runs once more: harmless, as both write the same bits and a job leaves out what is
-  finished, but double work. `scancel --name jumprelu` first avoids it; training goes on from its last checkpoint.
+  that still wait or run. It submits their runs once more: a job leaves out what is finished, but what two work on at once is
+  double work, and may fail on a GPU, where their bits differ. `scancel --name jumprelu` first avoids it; training goes on from
+  its last checkpoint.
 - on a CPU each run has one thread, on which its bits may depend, and a job works on as many runs at once as it asked for cpus.
 - submitit hands over function, arguments and result as pickles in the executor's folder. They are ours, of names and numbers
   only, but who can write there can run code as you: keep the folder to yourself. One that anyone can write to is refused.

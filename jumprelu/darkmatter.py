@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from .activations import Activations
 from .regression import RIDGES, Linear, Moments
+from .sae import check_autoencoder
 from .scaling import PowerLaw, fit_power_law
 
 NORMS = ("x", "sae", "error", "linear", "nonlinear")
@@ -222,6 +223,8 @@ def decompose(acts: Activations, saes: Mapping[str, Reconstruct], parts: Split, 
     SAE, within that bound, two numbers a token and SAE, and one shard.
     Source: Engels et al. 2024, the tests of norm and vector; splits by document, cross-validation and intervals are ours.
     """
+    for sae in saes.values():
+        check_autoencoder(sae)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     each = 8 * (parts.folds + 2) * acts.d_in * (acts.d_in + 3)
     known, found, norms = Moments(acts.rows(256).double().mean(0).to(device), 0, parts.folds), {}, []

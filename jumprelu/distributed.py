@@ -6,22 +6,28 @@ Notable here:
 - processes form a mesh, data × latents. Along `data` they see different tokens of each batch and average what they found; along
   `latents` they see the same tokens, and each holds its share of the latents: arrays, gradients, Adam's moments and counters.
 - whether a latent is active is decided by that latent alone (JumpReLU, ReLU, Gated). So shards of latents exchange one partial
-  reconstruction and one L0 a token, and what b_dec gets through the encoder. TopK ranks all latents of a token, and can be
-  dealt out by tokens only.
+  reconstruction (Gated: two) and one L0 a token, and what b_dec gets through the encoder. TopK ranks all latents of a token,
+  and can be dealt out by tokens only.
 - a sum over latents, or a mean over tokens, is taken by the layout of a pass. :class:`Sharded` is a layout whose sums go on
   over the mesh: architectures and losses are those of one process.
-- a checkpoint is gathered by the first process and written as one process would write it. So it can be resumed on any mesh.
+- a checkpoint is gathered by the first process, tensor by tensor, and written as one process would write it. So it can be resumed
+  on any mesh whose sizes divide the latents and the batch.
+- files are decided on by the first process alone, and others wait until they see them: on several nodes, the folder of the run
+  and the cache must be on a file system that all share.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .losses import Layout
@@ -30,8 +36,11 @@ from .recipe import TrainConfig
 PATIENCE = timedelta(days=1)
 """How long processes wait for one another: one may harvest while the others have nothing to do."""
 
-ACROSS_LATENTS = ("l1", "l0", "l0_target", "l0_quadratic", "tanh")
-"""Losses that are a mean over tokens of something that sums over latents."""
+SEEN_WITHIN = 90.0
+"""Seconds that a file system may take to show a file on another node."""
+
+ACROSS_LATENTS = ("l1", "l0", "l0_target", "l0_target_batch", "l0_quadratic", "tanh")
+"""Losses of sums over a token's latents."""
 
 
 class _Total(torch.autograd.Function):
@@ -164,6 +173,11 @@ class Team:
                     latent_by_latent = parameter.ndim == 2 and parameter.grad.stride(0) < parameter.grad.stride(1)
                     parameter.grad = self.mean(parameter.grad.T).T if latent_by_latent else self.mean(parameter.grad)
 
+    def agree_on(self, parameter: torch.nn.Parameter) -> None:
+        """One gradient for a parameter that all shards of latents have: sums may have been taken in different orders."""
+        if self.latents > 1:
+            dist.broadcast(parameter.grad, group=self.group("latents"), group_src=0)
+
     # ---- latents ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -177,6 +191,16 @@ class Team:
         """This process's latents of a tensor of all; `name` says which dimension they are along."""
         dim = latent_dim(name)
         return tensor if self.latents == 1 or dim is None else tensor.chunk(self.latents, dim)[self.rank("latents")]
+
+    def read(self, file: safe_open, name: str) -> torch.Tensor:
+        """This process's latents of a tensor in an open file of safetensors; the rest is not read."""
+        dim = latent_dim(name)
+        if self.latents == 1 or dim is None:
+            return file.get_tensor(name)
+        stored = file.get_slice(name)
+        each = stored.get_shape()[dim] // self.latents
+        part = slice(self.rank("latents") * each, (self.rank("latents") + 1) * each)
+        return stored[part] if dim == 0 else stored[:, part]
 
     def shard(self, module: torch.nn.Module) -> None:
         """Keep of a module's parameters and buffers this process's latents alone."""
@@ -196,6 +220,11 @@ class Team:
         dist.all_gather_into_tensor(whole, part, group=self.group("latents"))
         return whole.movedim(0, dim)
 
+    def collect(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        """:meth:`gather` for the first process, in its host memory; None for others."""
+        whole = self.gather(name, tensor)
+        return whole if self.alone else whole.cpu() if self.first else None
+
     # ---- agreement ----------------------------------------------------------------------------------------------
 
     def agree(self, wanted: bool, device: torch.device) -> bool:
@@ -210,6 +239,18 @@ class Team:
         """Until all are here."""
         if not self.alone:
             dist.barrier()
+
+    def see(self, path: Path) -> None:
+        """Until this process sees a file that the first one has written: file systems of several nodes may take a while.
+
+        Raises FileNotFoundError if it does not come.
+        """
+        began = time.monotonic()
+        while not self.alone and not path.exists():
+            if time.monotonic() - began > SEEN_WITHIN:
+                raise FileNotFoundError(f"the first process has written {path}, and this one does not see it: give a folder on a "
+                                        "file system that all share")
+            time.sleep(0.1)
 
     def tell(self, make: Callable[[], str]) -> str:
         """What `make` returns in the first process, for all; the others wait."""
@@ -249,9 +290,12 @@ def start(latents: int = 1, device: str | None = None) -> Team:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # torchrun keeps one store for all of its attempts: without a prefix, a restarted process may find the addresses of the dead
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
-    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=int(os.environ["RANK"]),
-                            world_size=world, timeout=PATIENCE)  # fmt: skip
+    where = {}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps one store for all attempts: without a prefix, a restarted process may find the addresses of the dead.
+        # Nodes count their attempts each by itself; on several, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has torchrun make new ones
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
+        store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        where = {"store": store, "rank": int(os.environ["RANK"]), "world_size": world}
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE, **where)
     return Team(init_device_mesh(device, (world // latents, latents), mesh_dim_names=("data", "latents")))

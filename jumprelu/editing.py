@@ -31,7 +31,7 @@ from .corpus import Tokens, as_tokens
 from .hooks import Key, record_blocks, resume_after, splice
 from .intervals import over_seeds
 from .lm import LM
-from .sae import SAE
+from .sae import SAE, check_autoencoder
 
 RANKINGS = ("attribution", "activation", "random")
 COUNTS = (1, 2, 4, 8, 16, 32)
@@ -338,6 +338,8 @@ def editing_table(lm: LM, saes: Mapping[str, Sequence[SAE]], tokens: Tokens | to
         raise ValueError(f"latents can be set to 'zero' or 'mean', got {to!r}")
     if len(concepts) < 2:
         raise ValueError("expected at least two concepts: what an edit does besides is measured on the others'")
+    for sae in (sae for several in saes.values() for sae in several):
+        check_autoencoder(sae)
     places = {(sae.origin.site, sae.origin.layer) for several in saes.values() for sae in several}
     if any(None in place for place in places):
         raise ValueError("an SAE does not remember where it was trained: make it with SAE(..., origin=Origin(site=, layer=))")

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .files import read_json, write_json, write_tensors, writing
-from .sae import SAE, Origin, load_sae
+from .sae import SAE, Origin, Transcoder, check_autoencoder, load_sae
 
 OURS = "jumprelu"
 """The key of our own notes in another library's configuration."""
@@ -148,8 +148,8 @@ def write(sae: SAE, folder: str | Path, format: str) -> tuple[str, ...]:
     writer, kind = _format(format).write, kind_of(sae)
     if writer is None:
         raise ValueError(f"{format} is only read: write one of {', '.join(n for n, f in FORMATS.items() if f.write)}")
-    if hasattr(sae, "W_skip"):
-        raise ValueError("a transcoder is no SAE: only jumprelu.scope.save_gemma_scope writes it")
+    if isinstance(sae, Transcoder):
+        raise ValueError("a transcoder is no SAE: only SAE.save and jumprelu.scope.save_gemma_scope write it")
     if kind not in FORMATS[format].holds:
         others = ", ".join(name for name, other in FORMATS.items() if kind in other.holds)
         raise ValueError(f"{format} has no {kind} SAE: it holds {', '.join(FORMATS[format].holds)}. Choose one of {others}")
@@ -431,6 +431,12 @@ def _parts(sae: SAE) -> Parts:
     return Parts(**_arrays(sae), k=sae.k, origin=sae.origin)
 
 
+def _read_ours(folder: Path) -> Parts:
+    sae = load_sae(folder)
+    check_autoencoder(sae)
+    return _parts(sae)
+
+
 def _write_ours(sae: SAE, folder: Path) -> tuple[str, ...]:
     sae.save(folder)
     return ()
@@ -465,7 +471,7 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "jumprelu": Format(("cfg.json", "sae.safetensors"), lambda folder: _parts(load_sae(folder)), _write_ours,
+    "jumprelu": Format(("cfg.json", "sae.safetensors"), _read_ours, _write_ours,
                        ("relu", "jumprelu", "topk", "topk with thresholds"),
                        marks=lambda folder: "format" in _json(folder / "cfg.json")),
     "saelens": Format(("cfg.json", "sae_weights.safetensors"), _read_saelens, _write_saelens, ("relu", "jumprelu", "topk")),

@@ -7,7 +7,7 @@
 (The three sites of Gemma Scope, Lieberum et al. 2024, section on the training data.) Transcoders, which predict mlp_out, read
 
     mlp_in               what the MLP gets, after the norm before it              [batch, positions, d_model]
-    mlp_in_before_gain   the same before that norm's gain, as Gemma Scope's transcoders do; models of Gemma's family only
+    mlp_in_before_gain   the same before that norm's gain, as Gemma Scope's transcoders do; Gemma 2 and 3 only
 
 Notable here:
 - a layout is four names of modules. A model whose blocks have other children is refused, with the list of what was
@@ -100,7 +100,8 @@ def capture(lm: LM, wanted: Iterable[Key], ids: torch.Tensor) -> dict[Key, torch
 def splice(lm: LM, site: str, layer: int, fn: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Within it, every forward pass of `lm.model` has `fn(value)` in the place of the value at (site, layer).
 
-    fn: takes [batch, positions, width], returns the same shape and dtype. `fn = lambda x: x` changes no logit.
+    fn: takes [batch, positions, width], returns the same shape and dtype. `fn = lambda x: x` changes no logit (at
+    mlp_in_before_gain, but for rounding).
 
     Raises ValueError for an unknown site, layer or layout, and, from the forward pass, if `fn` returns another shape or dtype.
     """
@@ -200,9 +201,9 @@ def _locate(lm: LM, site: str, layer: int) -> _Place:
         return _Place(block.mlp, is_input=True)
     if site == "mlp_in_before_gain":
         norm = getattr(block, "pre_feedforward_layernorm", None)
-        if norm is None or not type(norm).__name__.startswith("Gemma"):  # whose gain is 1 + weight
-            raise ValueError(f"mlp_in_before_gain is a site of models of Gemma's family, and {lm.name} is none: take mlp_in")
-        return _Place(block.mlp, is_input=True, gain=1 + norm.weight.detach())
+        if type(norm).__name__ not in ("Gemma2RMSNorm", "Gemma3RMSNorm"):  # whose gain is 1 + weight
+            raise ValueError(f"mlp_in_before_gain is a site of Gemma 2 and Gemma 3, and {lm.name} is neither: take mlp_in")
+        return _Place(block.mlp, is_input=True, gain=1 + norm.weight.detach().float())
     return _Place(next(getattr(block, name) for name in layout.mlp if hasattr(block, name)), is_input=False)
 
 
@@ -236,8 +237,12 @@ def _attach(place: _Place, fn: Callable[[torch.Tensor], torch.Tensor | None]) ->
     """Call `fn` with the value whenever the module runs; what it returns, unless None, takes the value's place."""
 
     def before(module, args):
-        new = fn(args[0] if place.gain is None else args[0] / place.gain)
-        return None if new is None else (new if place.gain is None else new * place.gain, *args[1:])
+        if place.gain is None:
+            new = fn(args[0])
+        else:
+            new = fn((args[0].float() / place.gain).to(args[0].dtype))
+            new = new if new is None else (new.float() * place.gain).to(args[0].dtype)
+        return None if new is None else (new, *args[1:])
 
     def after(module, args, output):  # a tensor, or a tuple that begins with it
         if isinstance(output, torch.Tensor):

@@ -152,6 +152,11 @@ def bag(start: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, rows: to
     return out
 
 
+def totals(start: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+    """Σ of each bag's entries, float32 [bags]; start: int32 [bags + 1]; entries: [n]."""
+    return bag(start, torch.zeros_like(entries, dtype=torch.int32), entries.contiguous(), entries.new_ones(1, 1)).squeeze(-1)
+
+
 @jit
 def _dots(latent, token, rows, atoms, out, n, width, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
     entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)

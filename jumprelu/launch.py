@@ -1,7 +1,7 @@
 """Train the SAE of a profile from the command line, on one device or on many.
 
-    python -m jumprelu.train --profile laptop --out runs/laptop
-    torchrun --nproc-per-node 8 -m jumprelu.train --profile gemma-2-9b --latents 4 --out runs/9b
+    python -m jumprelu.launch --profile laptop --out runs/laptop
+    torchrun --nproc-per-node 8 -m jumprelu.launch --profile gemma-2-9b --latents 4 --out runs/9b
 
 The parameters are those of notebook 02 under that profile. The first process harvests the activations, or finds them in the
 cache; then all train (`distributed.py`). Interrupted, the same command goes on from the last checkpoint, on any number of
@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from .activations import open_activations
+from .activations import INDEX, open_activations
 from .cache import remember
 from .corpus import load_texts, tokenize
 from .distributed import start
 from .harvest import harvest
 from .lm import load_lm
-from .profiles import DEFAULT_PROFILE, check_profile, find_notebooks
+from .profiles import DEFAULT_PROFILE, check_profile, find_notebooks, read_value
 from .recipe import TrainConfig
 from .train import train
 
@@ -37,17 +36,22 @@ def parameters(root: Path, profile: str, changes: list[str]) -> tuple[dict[str, 
     changes: "name=value" of any parameter of either, the value in YAML. Raises ValueError for an unknown name or a value
     that the configuration refuses, FileNotFoundError for an unknown profile or where there are no notebooks.
     """
-    notebook = find_notebooks(root, NOTEBOOK)[0]
-    values = {name: parameter.default for name, parameter in notebook.parameters().items()}
-    values |= check_profile(root, profile)[NOTEBOOK]
-    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    of_notebook = find_notebooks(root, NOTEBOOK)[0].parameters()
+    values = {name: parameter.default for name, parameter in of_notebook.items()} | check_profile(root, profile)[NOTEBOOK]
+    known = {name: of_notebook[name].annotation for name in HARVEST}
+    known |= {field.name: str(field.type) for field in dataclasses.fields(TrainConfig)}
     for change in changes:
-        name, equals, value = change.partition("=")
-        if not equals or name not in {*values, *known}:
-            raise ValueError(f"--set {change}: expected name=value with one of {', '.join(sorted({*values, *known}))}")
-        values[name] = yaml.safe_load(value)
-    config = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known}
+        name, equals, text = change.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"--set {change}: expected name=value with one of {', '.join(sorted(known))}")
+        values[name] = read_value(text, known[name])
+    config = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+              if name in {field.name for field in dataclasses.fields(TrainConfig)}}  # fmt: skip
     return values, TrainConfig(**config)
+
+
+HARVEST = ("model", "dataset", "site", "layer", "context_size", "train_rows", "rows_per_document", "storage")
+"""Parameters of the notebook that say what is harvested."""
 
 
 def _harvested(values: dict[str, Any]) -> str:
@@ -60,7 +64,7 @@ def _harvested(values: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m jumprelu.train", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("python -m jumprelu.launch", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the SAE, its log and the checkpoint")
     parser.add_argument("--profile", default=DEFAULT_PROFILE, help="a file of notebooks/profiles (default: %(default)s)")
     parser.add_argument("--set", dest="changes", action="append", default=[], metavar="NAME=VALUE",
@@ -74,13 +78,18 @@ def main(arguments: list[str] | None = None) -> None:
         values, config = parameters(Path(__file__).resolve().parent.parent, given.profile, given.changes)
         team = start(given.latents, given.device)
         team.check(config)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+        folder = Path(team.tell(lambda: _harvested(values)))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # of the language model
+        team.see(folder / INDEX)
+        sae, log = train(open_activations(folder), config, given.out, given.device, given.checkpoint_seconds, team=team)
+    except (ValueError, OSError, FloatingPointError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    acts = open_activations(team.tell(lambda: _harvested(values)))
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # of the language model
-    sae, log = train(acts, config, given.out, given.device, given.checkpoint_seconds, team=team)
     if team.first:
         last = log.iloc[-1]
         print(f"{sae}\nL0 {last.l0:.1f}, FVU {last.fvu:.4f} on its last batch; written to {given.out}")
     team.end()
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .corpus import Tokens, as_tokens
-from .hooks import Key, capture, record_blocks, resume_after, splice, watch
+from .hooks import INPUTS, Key, capture, record_blocks, resume_after, splice, watch
 from .intervals import Estimate, ratio_estimate, share_estimate
 from .lm import LM
 from .sae import SAE, Transcoder
@@ -206,6 +206,8 @@ def _place(sae: SAE, lm: LM, tokens: Tokens, site: str | None, layer: int | None
     site, layer = site or sae.origin.site, layer if layer is not None else sae.origin.layer
     if site is None or layer is None:
         raise ValueError("this SAE does not remember where it was trained: give evaluate(..., site=..., layer=...)")
+    if isinstance(sae, Transcoder) and site not in INPUTS:
+        raise ValueError(f"a transcoder reads {' or '.join(INPUTS)}, not {site}: give evaluate(..., site=...)")
     width = capture(lm, [(site, layer)], tokens.ids[:1, :2].to(lm.device))[site, layer].shape[-1]
     if width != sae.d_in:
         raise ValueError(f"{site} of layer {layer} of {lm.name} has width {width}, the SAE expects d_in = {sae.d_in}: "

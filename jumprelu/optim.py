@@ -2,7 +2,7 @@
 
 Notable here:
 - at β₁ = 0 the first moment *is* the gradient, so the gradient's own memory stands in for it: half of the state is gone, and
-  the update is that of `torch.optim.Adam(fused=True)`, bit for bit.
+  the update is that of `torch.optim.Adam(fused=True)`, on a CPU bit for bit.
 - a matrix is taken a block of rows at a time, small enough for a cache: projection of the gradient, Adam and
   renormalisation of the atoms are done before the next block is fetched. On a GPU with Triton they are one kernel.
 """
@@ -44,7 +44,7 @@ class Adam:
             tensors = [parameter, gradient, moments["exp_avg_sq"], moments.get("exp_avg", gradient)]
             if parameter.ndim == 2 and parameter.stride(0) < parameter.stride(1):  # W_enc: in memory it is latent by latent
                 tensors = [tensor.T for tensor in tensors]
-            if kernels.serves(parameter) and tensors[0].shape[-1] <= kernels.WIDEST:
+            if kernels.serves(parameter) and (name not in self.unit_norm or tensors[0].shape[-1] <= kernels.WIDEST):
                 first = tensors[3] if "exp_avg" in moments else None
                 kernels.adam(tensors[0], tensors[1].contiguous(), tensors[2], first, lr[name], self.betas, self.eps, self.steps,
                              name in self.unit_norm)  # fmt: skip

@@ -25,7 +25,7 @@ from .corpus import Tokens, tokenize
 from .hooks import record_blocks, resume_after, splice
 from .intervals import bootstrap
 from .lm import LM
-from .sae import SAE
+from .sae import SAE, check_autoencoder
 
 
 class Rises(NamedTuple):
@@ -59,6 +59,8 @@ class Rises(NamedTuple):
 def token_rises(lm: LM, tokens: Tokens, saes: Mapping[str, SAE], batch_rows: int | None = None) -> Rises:
     """What splicing in each SAE does to the model's loss, token by token; each SAE's origin says where, its type in which
     precision. The model's own pass is computed once for all, the others from their place on."""
+    for sae in saes.values():
+        check_autoencoder(sae)
     batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
     special = torch.tensor(lm.special_ids, device=lm.device)
     before = {name: sae.origin.layer - (sae.origin.site != "resid_post") for name, sae in saes.items()}  # unchanged by splicing

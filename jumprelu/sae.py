@@ -32,7 +32,8 @@ class Origin(NamedTuple):
     layer: int | None = None
     architecture: str = "jumprelu"
     input_scale: float = 1.0
-    """√E‖x‖² of the training activations: θ/input_scale and f/input_scale are in the paper's units."""
+    """√E‖x‖² of the training activations (a transcoder's: of what it predicts): θ/input_scale and f/input_scale are in the
+    paper's units."""
     training: dict[str, Any] | None = None
     """The TrainConfig, as a dictionary; of a released SAE, {"released_as": its path}."""
 
@@ -92,7 +93,7 @@ class SAE(torch.nn.Module):
     @property
     def fingerprint(self) -> str:
         """Digest of the weights and their origin."""
-        return digest(tensor_digest(dict(self.named_parameters())), self.k, self.origin._asdict())
+        return digest(type(self).__name__, tensor_digest(dict(self.named_parameters())), self.k, self.origin._asdict())
 
     def preactivations(self, x: torch.Tensor) -> torch.Tensor:
         """π(x), shape [..., d_sae], in raw units; x: raw activations [..., d_in]. ValueError for another width."""
@@ -185,6 +186,12 @@ class Transcoder(SAE):
         return y if self.W_skip is None else y + x @ self.W_skip
 
 
+def check_autoencoder(sae: object) -> None:
+    """Raise ValueError for a transcoder, where x̂ stands for x itself."""
+    if isinstance(sae, Transcoder):
+        raise ValueError("this is a transcoder, whose output is not its input: expected an SAE. jumprelu.evaluate takes both")
+
+
 KINDS = {kind.__name__: kind for kind in (SAE, Transcoder)}
 
 
@@ -222,5 +229,7 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu", dtype: torc
         raise ValueError(f"{folder / WEIGHTS} is not the file that {CONFIG} was written with: copy or save both again")
     origin = Origin(**{name: config[name] for name in Origin._fields})
     threshold = tensors.pop("threshold")
-    kind = KINDS[config.get("kind", SAE.__name__)]
+    kind = KINDS.get(config.get("kind", SAE.__name__))
+    if kind is None:
+        raise ValueError(f"{folder / CONFIG} is of kind {config['kind']!r}, this version reads {', '.join(KINDS)}")
     return kind(**{name: tensor.to(dtype) for name, tensor in tensors.items()}, threshold=threshold, k=config["k"], origin=origin)

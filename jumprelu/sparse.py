@@ -123,12 +123,18 @@ class Support:
         return _Decode.apply(entries, W_dec, self)
 
     def at(self, latents: torch.Tensor) -> torch.Tensor:
+        if kernels.serves(latents):
+            return _At.apply(latents, self)
         return latents.index_select(0, self.latent)
 
     def per_token(self, entries: torch.Tensor) -> torch.Tensor:
+        if kernels.serves(entries):
+            return _PerToken.apply(entries, self)
         return entries.new_zeros(self.shape[0]).index_add(0, self.token, entries)
 
     def per_latent(self, entries: torch.Tensor) -> torch.Tensor:
+        if kernels.serves(entries):
+            return _PerLatent.apply(entries, self) / self.shape[0]
         return entries.new_zeros(self.shape[1]).index_add(0, self.latent, entries) / self.shape[0]
 
 
@@ -211,6 +217,42 @@ class _Decode(torch.autograd.Function):
             support, entries = ctx.support.nonzero(entries)
             to_atoms = latent_sums(support, entries, gradient)
         return to_entries, to_atoms, None
+
+
+# On a GPU, torch's own sums by index add in whatever order threads come: these three take them in one order.
+
+
+class _At(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, latents, support):
+        ctx.support = support
+        return latents.index_select(0, support.latent)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return kernels.totals(ctx.support.start, gradient), None
+
+
+class _PerToken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, entries, support):
+        ctx.support = support
+        return kernels.totals(support.by_token.start, entries.index_select(0, support.by_token.order))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.index_select(0, ctx.support.token), None
+
+
+class _PerLatent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, entries, support):
+        ctx.support = support
+        return kernels.totals(support.start, entries)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.index_select(0, ctx.support.latent), None
 
 
 # ---- finding S ------------------------------------------------------------------------------------------------

@@ -3,9 +3,9 @@
 Given targets besides, what is trained is a transcoder: it predicts them from the activations.
 
 Notable here:
-- a run is a function of (activations, config) alone. Killed at any step and started again with the same `out`,
-  it ends with the very bits of an uninterrupted run: weights, both Adam moments, dead-latent counters, random
-  state and the place in the data are one file, replaced by rename.
+- a run is a function of (activations, config) alone: on a CPU to the bit, and on a GPU, too, where its libraries are. Killed at
+  any step and started again with the same `out`, it ends with the very bits of an uninterrupted run: weights, both Adam
+  moments, dead-latent counters, random state and the place in the data are one file, replaced by rename.
 - a sweep reads its data once for all runs that see the same batches. These take turns of a block of batches, small enough
   that it, and the weights of the run at work, stay in a cache; each run ends with the bits that it has when trained alone.
 - a team of processes takes the same steps as one (`distributed.py`); alone, its means and sums leave everything as it is.
@@ -36,6 +36,7 @@ from .architectures import Forward, Trainee
 from .distributed import ALONE, Team
 from .estimators import heaviside
 from .files import digest, read_json, write_json, write_tensors, write_text
+from .hooks import INPUTS
 from .optim import Adam
 from .recipe import TrainConfig, bandwidth_at, lr_factor, sparsity_at
 from .sae import SAE, load_sae
@@ -97,7 +98,7 @@ class _State:
         for name, moments in self.optimizer.moments.items():
             tensors |= {f"adam.{key}.{name}": value for key, value in moments.items()}
         tensors |= {"silent": self.silent, "generator": self.generator.get_state()}
-        tensors = {name: self.team.gather(name, tensor) for name, tensor in tensors.items()}
+        tensors = {name: self.team.collect(name, tensor) for name, tensor in tensors.items()}
         metadata = {"step": self.step, "input_scale": self.input_scale.hex(), "target_scale": self.target_scale.hex(),
                     "identity": identity, "log": self.log}  # fmt: skip
         if self.team.first:
@@ -106,8 +107,9 @@ class _State:
     def load(self, path: Path, identity: str) -> None:
         try:
             with safe_open(path, "pt") as f:
-                tensors = {name: self.team.mine(name, f.get_tensor(name)) for name in f.keys()}  # noqa: SIM118 (not a dict)
+                tensors = {name: self.team.read(f, name) for name in f.keys()}  # noqa: SIM118 (not a dict)
                 metadata = json.loads(f.metadata()["state"])
+                scales = metadata["input_scale"], metadata.get("target_scale", metadata["input_scale"])
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"the checkpoint {path} is damaged ({error}): delete it to start this run again") from error
         if metadata["identity"] != identity:
@@ -121,16 +123,17 @@ class _State:
         self.generator.set_state(tensors["generator"])
         self.step, self.log = metadata["step"], metadata["log"]
         self.optimizer.steps = self.step
-        self.input_scale, self.target_scale = (float.fromhex(metadata[name]) for name in ("input_scale", "target_scale"))
+        self.input_scale, self.target_scale = map(float.fromhex, scales)
 
     def fold(self, acts: Activations) -> SAE | None:
         """The SAE of all latents, in the first process; None in others."""
         trainee, team = self.trainee, self.team
         if team.latents > 1:
-            whole = {name: team.gather(name, tensor) for name, tensor in trainee.state_dict().items()}
-            with torch.device("meta"):
-                trainee = Trainee(acts.d_in, self.config, None, trainee.transcoder)
-            trainee.load_state_dict(whole, assign=True)
+            whole = {name: team.collect(name, tensor) for name, tensor in trainee.state_dict().items()}
+            if team.first:
+                with torch.device("meta"):
+                    trainee = Trainee(acts.d_in, self.config, None, trainee.transcoder)
+                trainee.load_state_dict(whole, assign=True)
         if not team.first:
             return None
         return trainee.eval().fold(self.input_scale, acts.model_name, acts.site, acts.layer,
@@ -152,6 +155,7 @@ def _advance(state: _State, x: torch.Tensor, log_this: bool, target: torch.Tenso
     diagnostics = trainee.diagnose(out, terms, bandwidth) if log_this and config.architecture == "jumprelu" else None
     sum(terms.values()).backward()
     team.average_gradients(trainee.parameters())
+    team.agree_on(trainee.b_dec)
     with torch.no_grad():
         active = heaviside(out.acts, 0)
         fired = out.layout.per_latent(active) > 0
@@ -183,8 +187,8 @@ def _measured(state: _State, target: torch.Tensor, out: Forward, active: torch.T
     sums = torch.stack([active.sum().double() / len(target), dead, dead.new_tensor(out.acts.numel() / len(target))])
     l0, dead, computed = team.sum_latents(team.mean(sums)).tolist()
     mean = team.mean(target.mean(0))
-    missed, variance = team.mean(torch.stack([(target - out.x_hat).square().sum(), (target - mean).square().sum()])).tolist()
-    return {"l0": l0, "fvu": missed / variance, "dead": dead / config.d_sae, "computed": computed / config.d_sae}
+    missed, variance = team.mean(torch.stack([(target - out.x_hat).square().sum(), (target - mean).square().sum()]))
+    return {"l0": l0, "fvu": (missed / variance).item(), "dead": dead / config.d_sae, "computed": computed / config.d_sae}
 
 
 def _resample(state: _State, x: torch.Tensor, bandwidth: float | torch.Tensor) -> None:
@@ -238,18 +242,29 @@ class _Run:
     def open(self, acts: Activations, device: torch.device, measured: Callable[[], tuple[Inputs, Inputs | None]],
              transcoder: bool) -> None:
         """Read back a finished run, go on with an interrupted one, or begin."""
-        if self.folder and (self.folder / "run.json").exists():
+        there = self.team.tell(self._there)
+        if there == "finished":
+            self.team.see(self.folder / "run.json")
             if read_json(self.folder / "run.json")["identity"] != self.identity:
                 raise ValueError(f"{self.folder} holds a finished run with other activations or another configuration: choose "
                                  "another folder, or delete that one. Nothing was overwritten")
             self.result = TrainResult(load_sae(self.folder, device), pd.read_csv(self.folder / "log.csv"))
-        elif self.checkpoint and self.checkpoint.exists():
+        elif there == "interrupted":
+            self.team.see(self.checkpoint)
             unknown = Inputs(float("nan"), torch.zeros(acts.d_in, device=device))  # the checkpoint has the numbers
             self.state = _State(acts, self.config, device, unknown, unknown if transcoder else None, self.team)
             self.state.load(self.checkpoint, self.identity)
         else:
             self.state = _State(acts, self.config, device, *measured(), self.team)
+        if (step := self.team.tell(lambda: str(self.step))) != str(self.step):
+            raise RuntimeError(f"the first process goes on from step {step}, this one has read step {self.step} from "
+                               f"{self.folder}: the file system shows an old checkpoint; start again in a while")
         self.saved_at = time.monotonic()
+
+    def _there(self) -> str:
+        if self.folder and (self.folder / "run.json").exists():
+            return "finished"
+        return "interrupted" if self.checkpoint and self.checkpoint.exists() else "new"
 
     def advance(self, x: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, float] | None:
         """One step on a raw batch; returns a log row at the steps that have one."""
@@ -282,7 +297,9 @@ class _Run:
             write_json(self.folder / "run.json", {"identity": self.identity, "config": dataclasses.asdict(self.config)})
             self.checkpoint.unlink(missing_ok=True)
         self.team.wait()
-        sae = sae if self.team.first else load_sae(self.folder, self.state.silent.device)
+        if not self.team.first:
+            self.team.see(self.folder / "run.json")
+            sae = load_sae(self.folder)
         self.state, self.result = None, TrainResult(sae, pd.read_csv(io.StringIO(text)))
 
 
@@ -366,6 +383,10 @@ def _check_pair(acts: Activations, targets: Activations, configs: Sequence[Train
     if differ or acts.n_rows != targets.n_rows:
         raise ValueError(f"{acts} and {targets} do not belong together: they differ in {', '.join(differ) or 'rows'}. Harvest "
                          "both in one call, such as site=['mlp_in', 'mlp_out']")
+    places = [(store.site, store.layer) for store in (acts, targets)]
+    if acts.model_name and (places[0][0] not in INPUTS or places[1] != ("mlp_out", acts.layer)):
+        raise ValueError(f"a transcoder predicts mlp_out from {' or '.join(INPUTS)} of the same layer, not "
+                         f"{places[1][0]} of layer {places[1][1]} from {places[0][0]} of layer {places[0][1]}")
     if acts.d_in != targets.d_in:
         raise ValueError(f"a transcoder's input and output have one width: the activations have {acts.d_in}, the targets "
                          f"{targets.d_in}")
@@ -430,7 +451,7 @@ def train_many(acts: Activations, configs: Sequence[TrainConfig], out: str | Pat
     return _train_all(acts, configs, folders, device, checkpoint_seconds, log_rows, targets)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # `python -m jumprelu.launch` does the same
     from .launch import main
 
     main()

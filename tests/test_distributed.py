@@ -176,14 +176,16 @@ def test_a_team_needs_a_folder(store):
 
 
 def test_the_command_line_takes_the_parameters_of_notebook_02(root):
-    values, config = parameters(root, "gemma-2-9b", ["d_sae=131072", "architecture=gated", "betas=[0.0, 0.99]"])
+    values, config = parameters(root, "gemma-2-9b", ["d_sae=131072", "architecture=gated", "betas=[0.0, 0.99]", "lr=3e-4"])
     assert values["model"] == "google/gemma-2-9b" and config.batch_size == 4096
-    assert (config.d_sae, config.architecture, config.betas) == (131072, "gated", (0.0, 0.99))
+    assert (config.d_sae, config.architecture, config.betas, config.lr) == (131072, "gated", (0.0, 0.99), 3e-4)
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--set", "witdh=3"], "expected name=value"), (["--profile", "none"], "no profile 'none'"),
-    (["--set", "lr=-1"], "lr must be"), (["--latents", "2"], "cannot be dealt"),
+    (["--set", "lr=-1"], "lr must be"), (["--latents", "2"], "cannot be dealt"), (["--set", "d_sae=64.5"], "expected int"),
+    (["--set", "betas=[0.0"], "not a value in YAML"), (["--set", "seeds=3"], "expected name=value"),
+    (["--set", "model=/no/such/folder"], "no/such/folder"),
 ])  # fmt: skip
 def test_the_command_line_refuses_what_it_cannot_do(tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:

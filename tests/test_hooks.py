@@ -231,7 +231,7 @@ def test_an_input_of_the_mlp_can_be_replaced(site):
 
 
 def test_only_a_norm_whose_gain_is_known_can_be_undone():
-    with pytest.raises(ValueError, match="tiny-llama is none: take mlp_in"):
+    with pytest.raises(ValueError, match="tiny-llama is neither: take mlp_in"):
         capture(tiny_lm("llama"), [("mlp_in_before_gain", 0)], random_ids(2, 6))
 
 

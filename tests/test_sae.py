@@ -146,3 +146,30 @@ def test_gradients_pass_through_a_saved_form():
     x = torch.tensor([[1.0, 0.2, 2.0]], requires_grad=True)
     sae(x).sum().backward()
     assert x.grad.tolist() == [[1.0, 0.0, 1.0]]
+
+
+def test_what_needs_an_autoencoder_refuses_a_transcoder(tmp_path):
+    from jumprelu import attribution, bandwidth, darkmatter, editing, formats, rises
+    from jumprelu.activations import activations_from_tensor
+    from jumprelu.corpus import Tokens
+    from jumprelu.sae import Origin, Transcoder
+    from tests.models import random_ids, tiny_lm
+
+    lm, tokens = tiny_lm(), Tokens(random_ids(4, 8), torch.arange(4))
+    d = lm.d_model
+    coder = Transcoder(torch.randn(d, 20), torch.zeros(20), torch.randn(20, d), torch.zeros(d), torch.zeros(20),
+                       origin=Origin(site="mlp_in", layer=1))  # fmt: skip
+    acts = activations_from_tensor(torch.randn(40, d), tmp_path / "acts")
+    coder.save(tmp_path / "coder")
+    for use in (lambda: rises.token_rises(lm, tokens, {"it": coder}), lambda: attribution.token_uniformity(coder, lm, tokens),
+                lambda: bandwidth.normalised(coder), lambda: editing.editing_table(lm, {"it": [coder]}, tokens),
+                lambda: darkmatter.decompose(acts, {"it": coder}, darkmatter.split(acts)),
+                lambda: formats.read(tmp_path / "coder"), lambda: formats.write(coder, tmp_path / "other", "saelens")):
+        with pytest.raises(ValueError, match="a transcoder"):
+            use()
+
+
+def test_device_and_dtype_are_those_of_the_weights():
+    sae = jr.SAE(*[torch.zeros(s) for s in ((4, 6), (6,), (6, 4), (4,), (6,))])
+    assert (sae.device, sae.dtype) == (torch.device("cpu"), torch.float32)
+    assert sae.bfloat16().dtype == torch.bfloat16 and sae.threshold.dtype == torch.float32

@@ -377,8 +377,9 @@ def test_a_transcoder_adds_its_skip_connection(tree, tmp_path):
     assert not torch.allclose(model(x), model.decode(model.encode(x)))
     again = load_sae(save_gemma_scope(model, tmp_path), site="mlp_in", layer=12)
     assert isinstance(again, Transcoder) and torch.equal(again(x), model(x)) and again.origin.site == "mlp_in"
-    with pytest.raises(ValueError, match="save_gemma_scope"):
-        model.save(tmp_path)
+    ours = load_sae(model.save(tmp_path / "ours"))
+    assert isinstance(ours, Transcoder) and torch.equal(ours(x), model(x)) and ours.origin == model.origin
+    assert ours.fingerprint != SAE(*(getattr(model, name) for name in scope.ARRAYS), origin=model.origin).fingerprint
     with pytest.raises(ValueError, match=r"W_skip has shape \(2, 6\), expected \[d_in, d_in\] = \(6, 6\)"):
         Transcoder(*(getattr(model, name) for name in scope.ARRAYS), W_skip=torch.zeros(2, D))
 

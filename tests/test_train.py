@@ -571,3 +571,19 @@ def test_targets_of_other_tokens_are_refused(tmp_path, acts):
         train(acts, SMALL, device="cpu", targets=narrow)
     with pytest.raises(ValueError, match="resample"):
         train(acts, dataclasses.replace(SMALL, resample=(0.5,)), device="cpu", targets=acts)
+
+
+@pytest.mark.parametrize("sites, layers, message", [
+    (("mlp_in", "resid_post"), (1, 1), "not resid_post of layer 1 from mlp_in"), (("mlp_in", "mlp_out"), (1, 0), "layer 0 from"),
+    (("resid_post", "mlp_out"), (1, 1), "from resid_post"),
+])  # fmt: skip
+def test_only_an_mlp_has_transcoders(tmp_path, sites, layers, message):
+    from jumprelu.corpus import Tokens
+    from jumprelu.harvest import harvest
+    from tests.models import random_ids, tiny_lm
+
+    lm, tokens = tiny_lm(), Tokens(random_ids(6, 8), torch.arange(6))
+    stores = [harvest(lm, tokens, site=site, layer=layer, out=tmp_path / f"{n}")
+              for n, (site, layer) in enumerate(zip(sites, layers, strict=True))]  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        train(stores[0], SMALL, device="cpu", targets=stores[1])
