@@ -23,12 +23,11 @@ from tqdm import tqdm
 
 from .estimators import KERNELS, REACH, jump_relu, kernel, step
 from .intervals import jackknife, leave_one_out, mean_interval, squared_length
-from .sae import check_autoencoder
+from .sae import SAE, check_autoencoder
 from .theorem import Coder, Gaussian, exact_gradient, expected_estimate, influence, parts, ste_gradients
 
 if TYPE_CHECKING:
     from .activations import Activations
-    from .sae import SAE
 
 KERNEL_SD = {"rectangle": 12**-0.5, "triangular": 6**-0.5, "gaussian": 1.0, "epanechnikov": 5**-0.5}
 """Standard deviation of K(u) as a density of u: kernels are comparable at equal `bandwidth · KERNEL_SD`."""

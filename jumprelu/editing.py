@@ -332,14 +332,14 @@ def editing_table(lm: LM, saes: Mapping[str, Sequence[SAE]], tokens: Tokens | to
     Raises ValueError for a concept without positions in either half, fewer than two concepts, an SAE that does not remember its
     place, or another `to`.
     """
+    for sae in (sae for several in saes.values() for sae in several):
+        check_autoencoder(sae)
     tokens, concepts = as_tokens(tokens), list(concepts or python_concepts(lm.tokenizer))
     lm.check_ids(tokens.ids)
     if to not in ("zero", "mean"):
         raise ValueError(f"latents can be set to 'zero' or 'mean', got {to!r}")
     if len(concepts) < 2:
         raise ValueError("expected at least two concepts: what an edit does besides is measured on the others'")
-    for sae in (sae for several in saes.values() for sae in several):
-        check_autoencoder(sae)
     places = {(sae.origin.site, sae.origin.layer) for several in saes.values() for sae in several}
     if any(None in place for place in places):
         raise ValueError("an SAE does not remember where it was trained: make it with SAE(..., origin=Origin(site=, layer=))")

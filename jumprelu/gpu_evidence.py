@@ -79,7 +79,9 @@ class Size:
     lm: dict[str, Any] = field(default_factory=GEMMA_2_9B.copy)
 
 
-FULL, TINY = Size(), Size(256, (256, 128), 64, 6, 2, (1, 2, 3), 32, 16, 4, 2, 5, GEMMA_2_9B | SMALL)
+FULL = Size()
+TINY = Size(d_sae=256, widths=(256, 128), batch=64, l0=6, repeats=2, layers=(1, 2, 3), context=32, rows=16, batch_rows=4,
+            test_rows=2, steps=5, lm=GEMMA_2_9B | SMALL)  # fmt: skip
 Result = tuple[pd.DataFrame, dict[str, Any]]
 """Of a part: its table, and what else is known."""
 
