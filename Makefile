@@ -19,10 +19,10 @@ unexport PYTHONDONTWRITEBYTECODE
 # Tests marked `network` run where CI is set.
 MARKED := $(if $(CI),,-m "not network")
 
-.PHONY: help setup reproduce publish test lm benchmark lock lab clean
+.PHONY: help setup reproduce publish test lm benchmark gpu-evidence lock lab clean
 
 help: ## list the targets (default)
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  PROFILE=name (of notebooks/profiles; default laptop), NOTEBOOK=NN, PYTHON=python3.11, PIP_ARGS="..."'
 
@@ -70,6 +70,9 @@ benchmark: ## speed and quality beside other SAE libraries, installed into an en
 	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -p no:cacheprovider -k adapter tests/test_benchmark.py
 	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -p no:cacheprovider tests/test_peer_formats.py
 	@$(PEERS)/bin/python -m jumprelu.benchmark $(ARGS)
+
+gpu-evidence: setup ## measure kernels, steps and a harvest at the paper's scale on this machine's GPU (ARGS="--help")
+	@$(RUN) -m jumprelu.gpu_evidence $(ARGS)
 
 lab: setup ## open the notebooks in JupyterLab
 	cd notebooks && ../$(RUN) -m jupyterlab

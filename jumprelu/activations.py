@@ -12,6 +12,7 @@ Notable here:
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Iterator
@@ -102,17 +103,18 @@ class Activations:
             first += record["rows"]
         return sample
 
-    def batches(self, batch_size: int, seed: int = 0, start: int = 0, bucket_rows: int = 2**18) -> Batches:
+    def batches(self, batch_size: int, seed: int = 0, start: int = 0, bucket_rows: int = 2**18, pinned: bool = False) -> Batches:
         """Endless stream of shuffled batches, float32 [batch_size, d_in], epoch after epoch, every batch full.
 
         start: number of the first batch; `batches(b, seed, k)` gives what `batches(b, seed)` gives after k batches.
-        bucket_rows: rows in a bucket (at least one shard), 4·d_in bytes each; more mixes further. Memory is two of them:
-        the one in use and the next, which a thread reads meanwhile. See :class:`Batches` for how that thread ends.
+        bucket_rows: rows in a bucket (at least one shard), 4·d_in bytes each; more mixes further. Memory is two of them: the
+        one in use and the next, which threads read meanwhile. pinned: in memory from which a GPU can copy by itself. See
+        :class:`Batches` for how that thread ends.
         A batch may hold rows from both sides of the border between two epochs. Raises ValueError for a damaged shard.
         """
         if batch_size < 1 or start < 0 or bucket_rows < 1:
             raise ValueError(f"batch_size {batch_size}, start {start}, bucket_rows {bucket_rows}: expected at least 1, 0 and 1")
-        return Batches(self, batch_size, seed, start, bucket_rows)
+        return Batches(self, batch_size, seed, start, bucket_rows, pinned)
 
     def _bucket_stream(self, seed: int, row: int, bucket_rows: int) -> Iterator[tuple[list[str], torch.Tensor, int]]:
         """The buckets from the one on that holds row number `row` of the stream: the names of its shards, the place of each of
@@ -175,10 +177,12 @@ class Batches(Iterator[torch.Tensor]):
     with the stream, after the shard that it is at: :meth:`close` waits for this, dropping the last reference does not.
     """
 
-    def __init__(self, acts: Activations, batch_size: int, seed: int, start: int, bucket_rows: int):
+    def __init__(self, acts: Activations, batch_size: int, seed: int, start: int, bucket_rows: int, pinned: bool = False):
         self.waited = 0.0
         """Seconds that the consumer waited for the thread, so far."""
-        self._thread = ThreadPoolExecutor(1, "jumprelu-batches")
+        # one on a laptop, whose cores are for training; more where they must keep up with a GPU
+        self._thread = ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) // 4)), "jumprelu-batches")
+        self._pinned = pinned
         weakref.finalize(self, self._thread.shutdown, wait=False, cancel_futures=True)
         self._acts, self._batch_size = acts, batch_size
         self._plan = acts._bucket_stream(seed, start * batch_size, bucket_rows)
@@ -205,7 +209,7 @@ class Batches(Iterator[torch.Tensor]):
 
     def _read_ahead(self) -> None:
         names, places, skip = next(self._plan)
-        bucket = torch.empty(len(places), self._acts.d_in)
+        bucket = torch.empty(len(places), self._acts.d_in, pin_memory=self._pinned)
         places = places.split([self._acts.index["shards"][name]["rows"] for name in names])
         # a job a shard, so that ending the stream waits for one shard at most
         jobs = [self._thread.submit(self._acts._read_into, bucket, *each) for each in zip(names, places, strict=True)]

@@ -149,7 +149,7 @@ class Trainee(torch.nn.Module):
         wanted, found = self.config.encoder_dtype, None
         dtype = sparse.fast_dtype(centred.device) if wanted is None else getattr(torch, wanted)
         if dtype == torch.bfloat16:
-            few = sparse.DENSE_ABOVE if centred.is_cuda else min(sparse.BF16_BELOW, sparse.DENSE_ABOVE)
+            few = min(sparse.GPU_DENSE_ABOVE if centred.is_cuda else sparse.BF16_BELOW, sparse.DENSE_ABOVE)
             found = sparse.screen(centred, self.W_enc, self.b_enc, low, torch.bfloat16, few)
         if found is None and not (dtype == torch.bfloat16 and centred.is_cuda):  # which would search no faster than it is dense
             found = sparse.screen(centred, self.W_enc, self.b_enc, low, torch.float32, sparse.DENSE_ABOVE)

@@ -21,7 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
+try:
+    import datasets
+except ImportError:  # a machine that computes on rows of tokens it was given needs none
+    datasets = None
 import torch
 from tqdm import tqdm
 

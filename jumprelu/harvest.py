@@ -37,7 +37,7 @@ def harvest(lm: LM, tokens: Tokens | torch.Tensor, site: str | Sequence[str] = "
     tokens: rows of ids, [n_rows, context_size]. site, layer: one each gives one store in `out`; if either is a sequence,
     all pairs are taken in one pass, each pair in the sub-folder `site-layer`, and the result is a dictionary by
     (site, layer). dtype: on disk, "float32", "bfloat16" or "float16". batch_rows: rows of tokens a forward pass.
-    shard_rows: rows of tokens a shard, by default about 16 M numbers.
+    shard_rows: rows of tokens a shard, by default about 16 M numbers, but a batch at least.
 
     Positions that hold BOS, EOS or padding are dropped (:attr:`LM.special_ids`). A finished store is returned at once;
     an interrupted one is completed.
@@ -53,7 +53,7 @@ def harvest(lm: LM, tokens: Tokens | torch.Tensor, site: str | Sequence[str] = "
     keys = [(s, n) for s in ([site] if isinstance(site, str) else site) for n in ([layer] if isinstance(layer, int) else layer)]
     widths = {key: value.shape[-1] for key, value in capture(lm, keys, tokens.ids[:1, :1]).items()}
     if shard_rows is None:
-        shard_rows = max(1, SHARD_NUMBERS // (tokens.ids.shape[1] * lm.d_model))
+        shard_rows = max(1, batch_rows, SHARD_NUMBERS // (tokens.ids.shape[1] * lm.d_model))
     if batch_rows < 1 or shard_rows < 1:
         raise ValueError(f"batch_rows is {batch_rows} and shard_rows {shard_rows}: expected at least 1 each")
     keep = ~torch.isin(tokens.ids, torch.tensor(lm.special_ids, dtype=tokens.ids.dtype))
@@ -78,7 +78,7 @@ def harvest(lm: LM, tokens: Tokens | torch.Tensor, site: str | Sequence[str] = "
             shards = {key: _empty_shard(tokens[rows], keep[rows], widths[key], DTYPES[dtype], lm.device) for key in wanted}
             done = 0
             for ids, kept in zip(tokens.ids[rows].split(batch_rows), keep[rows].split(batch_rows), strict=True):
-                index = kept.flatten().nonzero().squeeze(-1)
+                index = kept.flatten().nonzero().squeeze(-1).to(lm.device)
                 for key, value in capture(lm, wanted, ids).items():
                     new = value.flatten(0, 1)[index.to(value.device)].to(DTYPES[dtype])
                     shards[key].activations[done : done + len(index)].copy_(new, non_blocking=True)

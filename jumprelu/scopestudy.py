@@ -41,14 +41,14 @@ from .train import train_many
 TOGETHER, HELD = 8, 2**34
 """SAEs that are scored at once: at most so many, and at most so many bytes."""
 HARVESTED = 2**25
-"""Activations, as single numbers, that a harvest of many places holds before they are written."""
+"""Activations, as single numbers, that a harvest of many places holds before they are written; but 16 rows at least."""
 
 # ---- a release to train -----------------------------------------------------------------------------------------
 
 
 def harvest_all(lm: LM, tokens: Tokens, sites: Sequence[str], layers: Sequence[int], storage: str) -> dict[Key, Activations]:
     """A store for each site and layer, of one pass; remembered. One shard of each is in memory: shards are small if many."""
-    rows = max(1, HARVESTED // (len(sites) * len(layers) * tokens.ids.shape[1] * lm.d_model))
+    rows = max(16, HARVESTED // (len(sites) * len(layers) * tokens.ids.shape[1] * lm.d_model))
     return remember(harvest, lm, tokens, site=list(sites), layer=list(layers), dtype=storage, shard_rows=rows)
 
 

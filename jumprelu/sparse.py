@@ -32,8 +32,8 @@ CHUNK, GPU_CHUNK = 2**21, 2**27
 """Pre-activations in memory at a time: few enough for a cache, many enough for a matmul at full speed. A GPU is waited for once
 for each."""
 
-DENSE_ABOVE = 0.15
-"""Share of entries in S above which the dense step is the faster one."""
+DENSE_ABOVE, GPU_DENSE_ABOVE = 0.15, 0.08
+"""Share of entries in S above which the dense step is the faster one; for a GPU an estimate, not measured."""
 
 BF16_BELOW = 0.03
 """Share of entries up to which looking in bfloat16 is worth computing what was found once more; both measured in notebook 10."""
@@ -368,8 +368,8 @@ def _bf16(matrix: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
     """`matrix` with more columns, each [rows, 1], in bfloat16; on a GPU, with zeros up to a multiple of 8, as matmuls want it."""
     width = matrix.shape[1]
     more = len(columns) + (-(width + len(columns)) % 8 if matrix.is_cuda else 0)
-    out = torch.zeros(len(matrix), width + more, dtype=torch.bfloat16, device=matrix.device)
-    out[:, :width] = matrix
+    out = torch.empty(len(matrix), width + more, dtype=torch.bfloat16, device=matrix.device)
+    out[:, :width], out[:, width + len(columns) :] = matrix, 0
     out[:, width : width + len(columns)] = torch.cat(columns, -1)
     return out
 

@@ -316,11 +316,12 @@ def _train_together(stores: Sequence[Activations], runs: list[_Run], device: tor
     acts, team = stores[0], runs[0].team
     most = max(1, min(BLOCK, BLOCK_BYTES // (4 * config.batch_size * acts.d_in * len(stores))))
     with ExitStack() as stack:
-        streams = [stack.enter_context(closing(store.batches(config.batch_size, seed=config.data_order, start=first)))
+        pinned = device.type == "cuda"
+        streams = [stack.enter_context(closing(store.batches(config.batch_size, config.data_order, first, pinned=pinned)))
                    for store in stores]  # fmt: skip
         while active := [run for run in runs if run.state]:
             wanted = min(most, max(run.config.length for run in active) - first)
-            block = [[team.share(next(stream)).to(device) for stream in streams] for _ in range(wanted)]
+            block = [[team.share(next(stream)).to(device, non_blocking=pinned) for stream in streams] for _ in range(wanted)]
             for run in active:
                 progress.set_description(run.title, refresh=False)
                 try:

@@ -94,10 +94,10 @@ def test_environment_is_the_lock_and_the_project(project, conda):
 
 def test_make_has_the_targets_that_readme_and_help_name(root):
     makefile, readme = (root / "Makefile").read_text(), (root / "README.md").read_text()
-    targets = set(re.findall(r"^([a-z]+):.*## ", makefile, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE))
     shown = subprocess.run(["make", "-C", str(root)], capture_output=True, text=True, check=True).stdout  # help is the default
     assert targets and all(f"make {target}" in shown for target in targets)
-    named = set(re.findall(r"`make ([a-z]+)", readme)) | set(re.findall(r"^make ([a-z]+)", readme, re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z-]+)", readme)) | set(re.findall(r"^make ([a-z-]+)", readme, re.MULTILINE))
     assert named <= targets, f"README names targets that the Makefile lacks: {named - targets}"
     assert {"setup", "reproduce", "test", "lm"} <= named
 

@@ -288,5 +288,7 @@ def test_wrong_arguments_are_named_and_leave_no_folder(lm, tmp_path, given, mess
 
 def test_shards_are_whole_rows_of_about_the_same_size_by_default(lm, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[harvest.__module__], "SHARD_NUMBERS", 3 * 9 * D_MODEL + 5)
-    acts = harvest(lm, IDS, layer=1, out=tmp_path)
+    acts = harvest(lm, IDS, layer=1, out=tmp_path / "three", batch_rows=2)
     assert [len(s.ids) for s in acts.shards()] == [3 * 8] * 6 + [2 * 8]
+    acts = harvest(lm, IDS, layer=1, out=tmp_path / "eight", batch_rows=8)  # a batch is never cut
+    assert [len(s.ids) for s in acts.shards()] == [8 * 8] * 2 + [4 * 8]

@@ -233,6 +233,13 @@ def test_every_kernel_compiles_for_an_h200_without_one(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_totals_are_sums_of_entries(shape):
+    mask, start, _ = entries(*shape)
+    weight = normal(int(mask.sum()), seed=3)
+    torch.testing.assert_close(kernels.totals(start, weight).cpu().double(), dense(mask, weight).sum(1))
+
+
 # ---- what is built on them ----------------------------------------------------------------------------------------
 
 
