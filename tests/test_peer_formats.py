@@ -295,3 +295,28 @@ def test_a_saelens_gated_goes_to_dictionary_learning(x, tmp_path):
     other, _ = load_dictionary(str(tmp_path / "dl"), device="cpu")
     assert isinstance(other, JumpReluAutoEncoder)
     assert_close(other(x), theirs(x))
+
+
+def test_saebench_takes_our_saes():
+    """Its checks of a custom SAE, and its sparse probing on activations of two classes, which needs no download."""
+    bench = pytest.importorskip("sae_bench.custom_saes.base_sae")
+    from sae_bench.custom_saes.custom_sae_config import CustomSAEConfig
+    from sae_bench.evals.sparse_probing import probe_training as probing
+    from sae_bench.sae_bench_utils.activation_collection import get_sae_meaned_activations
+
+    sae = Trainee(D_IN, TrainConfig(d_sae=D_SAE, steps=1, threshold_init=0.1), torch.Generator().manual_seed(0)).fold(1.0)
+    sae.cfg = CustomSAEConfig("none", d_in=D_IN, d_sae=D_SAE, hook_name="blocks.0.hook_resid_post", hook_layer=0)
+    assert bench.BaseSAE.check_decoder_norms(sae)
+    assert (sae.device, sae.dtype) == (torch.device("cpu"), torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    classes = {}
+    for part in ("train", "test"):
+        rows = [0.3 * torch.randn(60, 7, D_IN, generator=generator) + 2 * sae.W_dec[latent] for latent in (3, 11)]
+        classes[part] = dict(zip(("one", "other"), rows, strict=True))
+    meaned = {part: get_sae_meaned_activations(rows, sae, 16) for part, rows in classes.items()}
+    torch.testing.assert_close(meaned["test"]["one"], sae.encode(classes["test"]["one"]).mean(1))
+    (train, labels), (test, test_labels) = (probing.prepare_probe_data(meaned[part], "one") for part in ("train", "test"))
+    mask = probing.get_top_k_mean_diff_mask(train, labels, k=1)
+    chosen = [probing.apply_topk_mask_reduce_dim(part, mask) for part in (train, test)]
+    _, accuracy = probing.train_sklearn_probe(chosen[0], labels, chosen[1], test_labels)
+    assert accuracy > 0.95 and not mask.all()  # one latent tells the classes apart
