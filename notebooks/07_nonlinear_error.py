@@ -322,10 +322,10 @@ ledger("07", claims)[["id", "claim", "value", "low", "high", "verdict"]]
 # error do worse, and have latents of less uniform contexts, of which rules say less (D6); neither is a rating by a
 # reader. A greedy search for the code at equal L0 lowers the error by far more than the few per cent that are reported
 # for Gemma Scope's, and the more so the wider the SAE (D8); so no earlier component explains more of the nonlinear error
-# of the same SAEs than the search removes (D9).
-# A likely reason is the training, of minutes and not of days: an encoder that lags behind its dictionary leaves more to a
-# search. Longer runs say so: with ten times the tokens (profile `thorough`, [its figures](../figures/thorough)) the
-# search gains less at the same width, but still far more than was reported.
+# of the same SAEs than the search removes (D9). A likely reason is the training, of minutes and not of days: an encoder
+# that lags behind its dictionary leaves more to a search. Longer runs say so: with ten times the tokens (profile
+# `thorough`, [its figures](../figures/thorough)) the search gains less at the same width, but still far more than was
+# reported.
 #
 # Where the causes are known, correlations come out as the paper's, by and large (D13a to D13d); they say what grows with
 # what, and not what an error consists of. Of dense noise alone less than half becomes linear error (D13e): where s varies
@@ -333,7 +333,8 @@ ledger("07", claims)[["id", "claim", "value", "low", "high", "verdict"]]
 # off x. What absent features leave is mostly linear (D13f). The causes that were tried do not make up real SAEs: but for
 # the narrowest these have more nonlinear error than absent features leave, and more than dense noise of up to 0.3 of the
 # variance makes, alone or with absent features; noise in the reconstruction, that is, an encoder's own errors, could make
-# up the difference.
+# up the difference. In longer runs (`thorough`) they have less of it, and all but the narrowest lie along the curve of
+# dense noise alone: in these two numbers, what an SAE trained for longer leaves is like dense noise in x.
 #
 # ## Facts
 
