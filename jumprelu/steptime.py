@@ -41,8 +41,9 @@ def arithmetic(d_in: int, d_sae: int, l0: float, entries: float) -> pd.DataFrame
 
 PARTS = {
     "search": ("sparse.screen", "sparse._positions", "sparse._bf16", "sparse._chunks"),
-    "work on S": ("sparse.dots", "sparse.token_sums", "sparse.latent_sums", "sparse._transposed", "sparse.by_token",
-                  "sparse.take", "sparse.nonzero", "sparse.at", "sparse.per_token", "sparse.per_latent", "sparse.latent"),
+    "work on S": ("sparse.dots", "sparse.token_sums", "sparse.latent_sums", "sparse._bag", "sparse._transposed",
+                  "sparse.by_token", "sparse.take", "sparse.nonzero", "sparse.at", "sparse.per_token", "sparse.per_latent",
+                  "sparse.latent"),
     "Adam": ("optim._update", "optim.step", "optim.<genexpr>"),
 }  # fmt: skip
 """Functions of a step by what they are for; the encoder's matmul is a call of the search."""
