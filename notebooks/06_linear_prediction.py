@@ -366,12 +366,12 @@ ledger("06", claims)[["id", "claim", "value", "low", "high", "verdict"]]
 # predicted error is smaller (D15).
 #
 # **In longer runs** (profile `thorough`, ten times the tokens and widths to 8,192: [its figures](../figures/thorough),
-# and its rows in the ledger) two of these change. The linear share is lower at every L0, and along the ladder of widths
-# it falls from over a half to about a fifth; the nonlinear error falls with the width as well, though more slowly than
-# the error (D3), so that no level is seen at which it would stay. And neighbours in width share their difficult tokens,
-# but the widest and the narrowest hardly do (D4): that SAEs of all widths struggle with the same ones holds here for SAEs
-# that are all far from done. The orders of architectures (D10), the share of the norm (D2) and its fall with depth stay
-# as they are.
+# and its rows in the ledger) two of these change. The linear share is lower at equal L0 for all but Gated, and along the
+# ladder of widths it falls from over a half to about a fifth; the nonlinear error falls with the width as well, though
+# more slowly than the error (D3), so that no level is seen at which it would stay. And neighbours in width share their
+# difficult tokens, but the widest and the narrowest hardly do (D4): that SAEs of all widths struggle with the same ones
+# holds here for SAEs that are all far from done. The orders of architectures (D10), the share of the norm (D2) and its
+# fall with depth stay as they are.
 #
 # Intervals are over documents and seeds, except where the ledger says otherwise, and for one split of the documents. SAEs
 # of a release, in the files of Gemma Scope, are decomposed in notebook 08.

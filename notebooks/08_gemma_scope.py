@@ -445,10 +445,10 @@ ledger("08", scope_claims)[["id", "claim", "value", "low", "high", "verdict"]]
 #
 # The mode of frequencies must move to the left, because frequencies add up to L0; whether latents above 10 % stay is left
 # open (G4b), and here 10 % is not far above the bulk of the narrowest SAEs. Mathematics is not the easiest text here:
-# transformers is, whose files are much alike (that this is why was not tested). r_L0 lies in the reported range or near
-# its upper end, and falls with L0 at the attention if anywhere (G12). Of the norm of the error far less is predictable
-# than the nine tenths that were reported. Only the base width at the middle layer, and the residual stream's ladder, have
-# several seeds; the rest is of one, over documents.
+# transformers is, whose files are much alike (that this is why was not tested). r_L0 lies in the reported range; no fall
+# with L0 is seen beyond the intervals (G12). Of the norm of the error far less is predictable than the nine tenths that
+# were reported. Only the base width at the middle layer, and the residual stream's ladder, have several seeds; the rest
+# is of one, over documents.
 #
 # ## Facts
 

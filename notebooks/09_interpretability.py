@@ -278,11 +278,11 @@ ledger("09", claims)[["id", "claim", "value", "low", "high", "verdict"]]
 #
 # Taking away the eight latents that attribution names lowers an answer's log-odds far more than eight others do (J16b),
 # but 32 of them leave most first choices as they are (J16c): in these SAEs a concept is spread over many latents, or held
-# in what the SAE misses and what earlier positions hold, which these edits leave alone. TopK's fall furthest, ReLU's
-# least; intervals of single architectures overlap (J16d to J16g), and the SAEs are of about equal price and not of equal
-# L0. At half of the tokens that have a simple property all latents that tell of it best are silent; in a few per cent of
-# cases one special latent has taken over, as the criterion of absorption asks (I5). That frequent latents are the harder
-# to explain the sparser the SAE is cannot be told from noise (I4).
+# in what the SAE misses and what earlier positions hold, which these edits leave alone. With TopK and BatchTopK they fall
+# furthest, with ReLU least; intervals of single architectures overlap (J16d to J16g), and the SAEs are of about equal
+# price and not of equal L0. At half of the tokens that have a simple property all latents that tell of it best are
+# silent; in a few per cent of cases one special latent has taken over, as the criterion of absorption asks (I5). That
+# frequent latents are the harder to explain the sparser the SAE is cannot be told from noise (I4).
 #
 # Not done here: a language model as explainer (`jumprelu.explain_llm` takes a local one or an endpoint), and ratings by people.
 #
