@@ -11,7 +11,7 @@ PIP_ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed-from
-# For `make benchmark`: an environment of its own, and what to hand to jumprelu.benchmark.
+# For `make benchmark`: an environment of its own, and what to hand to companion.speed.benchmark.
 PEERS := .venv-peers
 ARGS ?=
 # Compiled anew by every process, the libraries would take most of a minute to import.
@@ -44,10 +44,10 @@ install:
 	@echo "$(VENV) is ready"
 
 reproduce: setup ## run the notebooks that are not up to date; write figures/; print the facts
-	@$(RUN) -m jumprelu.reproduce --profile $(PROFILE) $(if $(NOTEBOOK),--notebook $(NOTEBOOK))
+	@$(RUN) -m companion.rails.reproduce --profile $(PROFILE) $(if $(NOTEBOOK),--notebook $(NOTEBOOK))
 
 publish: setup ## copy another PROFILE's finished results to figures/PROFILE, to be committed
-	@$(RUN) -m jumprelu.reproduce --publish --profile $(PROFILE) $(if $(NOTEBOOK),--notebook $(NOTEBOOK))
+	@$(RUN) -m companion.rails.reproduce --publish --profile $(PROFILE) $(if $(NOTEBOOK),--notebook $(NOTEBOOK))
 
 test: setup ## lint, unit tests with coverage, then every committed notebook under nbval
 	$(RUN) -m ruff check
@@ -59,7 +59,7 @@ test: setup ## lint, unit tests with coverage, then every committed notebook und
 		--nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
 
 lm: setup ## train the embedded language model from scratch (about an hour on 2 cores)
-	$(RUN) -m jumprelu.train_lm
+	$(RUN) -m companion.subject.train_lm
 
 benchmark: ## speed and quality beside other SAE libraries, installed into an environment of their own (ARGS="--help")
 	@$(MAKE) --no-print-directory setup VENV=$(PEERS)
@@ -69,10 +69,10 @@ benchmark: ## speed and quality beside other SAE libraries, installed into an en
 	@# The table is only as good as the adapters.
 	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -p no:cacheprovider -k adapter tests/test_benchmark.py
 	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -p no:cacheprovider tests/test_peer_formats.py
-	@$(PEERS)/bin/python -m jumprelu.benchmark $(ARGS)
+	@$(PEERS)/bin/python -m companion.speed.benchmark $(ARGS)
 
 gpu-evidence: setup ## measure kernels, steps and a harvest at the paper's scale on this machine's GPU (ARGS="--help")
-	@$(RUN) -m jumprelu.gpu_evidence $(ARGS)
+	@$(RUN) -m companion.speed.gpu_evidence $(ARGS)
 
 lab: setup ## open the notebooks in JupyterLab
 	cd notebooks && ../$(RUN) -m jupyterlab

@@ -1,13 +1,16 @@
-"""Activations on disk: one folder a (site, layer), shards of safetensors, an index with their checksums.
+"""Activations on disk: one folder a (site, layer), shards of safetensors, an index with their
+checksums.
 
 Notable here:
-- the index names the request that the store answers (model, tokens, site, layer, dtype) and, for every shard,
-  its rows, bytes and SHA-256. A shard's size is checked when the store is opened, its checksum when it is first read.
-- `batches` is a shuffled, endless stream whose order depends on the seed and `bucket_rows` alone. It can start at any
-  batch number without reading what comes before, so training resumes exactly.
-- reading in random order from a disk is slow, and a whole store may not fit into memory: shards are shuffled, read in
-  buckets of several, and rows are shuffled within a bucket. A thread reads the next bucket while one is in use, each row
-  straight to its place in the shuffled order. Memory is two buckets, whatever the store's size.
+- the index names the request that the store answers (model, tokens, site, layer, dtype) and, for
+  every shard, its rows, bytes and SHA-256. A shard's size is checked when the store is opened, its
+  checksum when it is first read.
+- `batches` is a shuffled, endless stream whose order depends on the seed and `bucket_rows` alone.
+  It can start at any batch number without reading what comes before, so training resumes exactly.
+- reading in random order from a disk is slow, and a whole store may not fit into memory: shards are
+  shuffled, read in buckets of several, and rows are shuffled within a bucket. A thread reads the
+  next bucket while one is in use, each row straight to its place in the shuffled order. Memory is
+  two buckets, whatever the store's size.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ class Shard(NamedTuple):
     """Document of the row: what standard errors are clustered by."""
 
 
-# ---- reading --------------------------------------------------------------------------------------------------
+# ---- reading
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +60,22 @@ class Activations:
     _checked: set[str] = field(default_factory=set, repr=False)
     """Shards whose checksum was compared since the store was opened."""
 
-    site = property(lambda self: self.index["request"]["site"], doc="resid_post, mlp_out or attn_out; None for a tensor.")
-    layer = property(lambda self: self.index["request"]["layer"], doc="Number of the block, from 0; None for a tensor.")
-    dtype = property(lambda self: self.index["request"]["dtype"], doc="Type on disk, a string; what is read is float32.")
+    site = property(
+        lambda self: self.index["request"]["site"],
+        doc="resid_post, mlp_out or attn_out; None for a tensor.",
+    )
+    layer = property(
+        lambda self: self.index["request"]["layer"],
+        doc="Number of the block, from 0; None for a tensor.",
+    )
+    dtype = property(
+        lambda self: self.index["request"]["dtype"],
+        doc="Type on disk, a string; what is read is float32.",
+    )
     d_in = property(lambda self: self.index["d_in"], doc="Width of an activation.")
-    model_name = property(lambda self: self.index["model_name"], doc="Name of the language model; None for a tensor.")
+    model_name = property(
+        lambda self: self.index["model_name"], doc="Name of the language model; None for a tensor."
+    )
 
     @property
     def n_rows(self) -> int:
@@ -72,24 +86,40 @@ class Activations:
         return self.n_rows
 
     def __repr__(self) -> str:
-        origin = "a tensor" if self.model_name is None else f"{self.site} of layer {self.layer} of {self.model_name}"
+        origin = (
+            "a tensor"
+            if self.model_name is None
+            else f"{self.site} of layer {self.layer} of {self.model_name}"
+        )
         return f"Activations({self.n_rows} rows of {self.d_in} from {origin}, {self.dtype})"
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the request and of every shard's checksum: what was asked for, and the bytes that came."""
-        return digest(self.index["request"], {name: record["sha256"] for name, record in self.index["shards"].items()})
+        """Digest of the request and of every shard's checksum: what was asked for, and the bytes
+        that came."""
+        return digest(
+            self.index["request"],
+            {name: record["sha256"] for name, record in self.index["shards"].items()},
+        )
 
     def shards(self) -> Iterator[Shard]:
-        """All rows in the order of the tokens, a shard at a time. Raises ValueError for a damaged shard."""
+        """All rows in the order of the tokens, a shard at a time. Raises ValueError for a damaged
+        shard."""
         for name in sorted(self.index["shards"]):
             tensors = self._read(name)
-            yield Shard(tensors["activations"].float(), tensors["ids"], tensors["position"], tensors["document"])
+            yield Shard(
+                tensors["activations"].float(),
+                tensors["ids"],
+                tensors["position"],
+                tensors["document"],
+            )
 
     def rows(self, n: int, seed: int = 0) -> torch.Tensor:
-        """A uniform sample of `n` different rows in random order, all rows if there are no more: float32 [n, d_in].
+        """A uniform sample of `n` different rows in random order, all rows if there are no more:
+        float32 [n, d_in].
 
-        Reads every shard that holds one of them, one at a time. Raises ValueError for n < 1 or a damaged shard.
+        Reads every shard that holds one of them, one at a time. Raises ValueError for n < 1 or a
+        damaged shard.
         """
         if n < 1:
             raise ValueError(f"asked for {n} rows, expected 1 or more")
@@ -103,22 +133,36 @@ class Activations:
             first += record["rows"]
         return sample
 
-    def batches(self, batch_size: int, seed: int = 0, start: int = 0, bucket_rows: int = 2**18, pinned: bool = False) -> Batches:
-        """Endless stream of shuffled batches, float32 [batch_size, d_in], epoch after epoch, every batch full.
+    def batches(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        start: int = 0,
+        bucket_rows: int = 2**18,
+        pinned: bool = False,
+    ) -> Batches:
+        """Endless stream of shuffled batches, float32 [batch_size, d_in], epoch after epoch, every
+        batch full.
 
-        start: number of the first batch; `batches(b, seed, k)` gives what `batches(b, seed)` gives after k batches.
-        bucket_rows: rows in a bucket (at least one shard), 4·d_in bytes each; more mixes further. Memory is two of them: the
-        one in use and the next, which threads read meanwhile. pinned: in memory from which a GPU can copy by itself. See
-        :class:`Batches` for how that thread ends.
-        A batch may hold rows from both sides of the border between two epochs. Raises ValueError for a damaged shard.
+        start: number of the first batch; `batches(b, seed, k)` gives what `batches(b, seed)` gives
+        after k batches. bucket_rows: rows in a bucket (at least one shard), 4·d_in bytes each; more
+        mixes further. Memory is two of them: the one in use and the next, which threads read
+        meanwhile. pinned: in memory from which a GPU can copy by itself. See :class:`Batches` for
+        how that thread ends. A batch may hold rows from both sides of the border between two
+        epochs. Raises ValueError for a damaged shard.
         """
         if batch_size < 1 or start < 0 or bucket_rows < 1:
-            raise ValueError(f"batch_size {batch_size}, start {start}, bucket_rows {bucket_rows}: expected at least 1, 0 and 1")
+            raise ValueError(
+                f"batch_size {batch_size}, start {start}, bucket_rows {bucket_rows}: expected at least 1, 0 and 1"
+            )
         return Batches(self, batch_size, seed, start, bucket_rows, pinned)
 
-    def _bucket_stream(self, seed: int, row: int, bucket_rows: int) -> Iterator[tuple[list[str], torch.Tensor, int]]:
-        """The buckets from the one on that holds row number `row` of the stream: the names of its shards, the place of each of
-        their rows in the shuffled order, and how many rows of that order come before `row`."""
+    def _bucket_stream(
+        self, seed: int, row: int, bucket_rows: int
+    ) -> Iterator[tuple[list[str], torch.Tensor, int]]:
+        """The buckets from the one on that holds row number `row` of the stream: the names of its
+        shards, the place of each of their rows in the shuffled order, and how many rows of that
+        order come before `row`."""
         epoch, skip = divmod(row, self.n_rows)
         while True:
             for number, names in enumerate(self._buckets(seed, epoch, bucket_rows)):
@@ -127,13 +171,16 @@ class Activations:
                     skip -= rows
                     continue
                 places = torch.empty(rows, dtype=torch.long)
-                places[torch.randperm(rows, generator=_generator(seed, epoch, number))] = torch.arange(rows)
+                places[torch.randperm(rows, generator=_generator(seed, epoch, number))] = (
+                    torch.arange(rows)
+                )
                 yield names, places, skip
                 skip = 0
             epoch += 1
 
     def _buckets(self, seed: int, epoch: int, bucket_rows: int) -> list[list[str]]:
-        """Names of the shards in the order of this epoch, grouped so that no group of several has more than `bucket_rows`."""
+        """Names of the shards in the order of this epoch, grouped so that no group of several has
+        more than `bucket_rows`."""
         names = sorted(self.index["shards"])
         buckets: list[list[str]] = []
         rows = bucket_rows
@@ -149,7 +196,8 @@ class Activations:
     def _read_into(self, bucket: torch.Tensor, name: str, places: torch.Tensor) -> None:
         """Put the rows of a shard at `places` of the bucket, float32 [rows, d_in]."""
         activations = self._read(name)["activations"]
-        # pieces that stay in a cache, and below the size from which torch uses several threads: those are for training
+        # pieces that stay in a cache, and below the size from which torch uses several threads:
+        # those are for training
         rows = max(1, (2**15 - 1) // self.d_in)
         for piece, where in zip(activations.split(rows), places.split(rows), strict=True):
             bucket.index_copy_(0, where, piece.float())
@@ -159,35 +207,54 @@ class Activations:
         if name not in self._checked and not is_whole(path, self.index["shards"][name]):
             raise ValueError(_damaged(path))
         with safe_open(path, framework="pt") as f:
-            tensors = {key: f.get_tensor(key) for key in ("activations", "ids", "position", "document")}
+            tensors = {
+                key: f.get_tensor(key) for key in ("activations", "ids", "position", "document")
+            }
         if name not in self._checked:
-            # a NaN or an infinity makes the sum one, which is quick to see; a sum may overflow without, so look again
+            # a NaN or an infinity makes the sum one, which is quick to see; a sum may overflow
+            # without, so look again
             suspect = not torch.isfinite(tensors["activations"].sum(dtype=torch.float32))
             if suspect and (bad := ~torch.isfinite(tensors["activations"]).all(dim=-1)).any():
-                raise ValueError(f"{path} holds NaN or infinity in {_count(bad)}. Harvest again into another folder, from a "
-                                 "model that gives finite activations, or with dtype='float32'")
+                raise ValueError(
+                    f"{path} holds NaN or infinity in {_count(bad)}. Harvest again into another folder, from a "
+                    "model that gives finite activations, or with dtype='float32'"
+                )
             self._checked.add(name)
         return tensors
 
 
 class Batches(Iterator[torch.Tensor]):
-    """The stream of :meth:`Activations.batches`. A batch is a view of its bucket, which stays in memory as long as the batch.
+    """The stream of :meth:`Activations.batches`. A batch is a view of its bucket, which stays in
+    memory as long as the batch.
 
-    An error of the reading thread, such as a damaged shard, is raised when the stream comes to that bucket. The thread ends
-    with the stream, after the shard that it is at: :meth:`close` waits for this, dropping the last reference does not.
+    An error of the reading thread, such as a damaged shard, is raised when the stream comes to that
+    bucket. The thread ends with the stream, after the shard that it is at: :meth:`close` waits for
+    this, dropping the last reference does not.
     """
 
-    def __init__(self, acts: Activations, batch_size: int, seed: int, start: int, bucket_rows: int, pinned: bool = False):
+    def __init__(
+        self,
+        acts: Activations,
+        batch_size: int,
+        seed: int,
+        start: int,
+        bucket_rows: int,
+        pinned: bool = False,
+    ):
         self.waited = 0.0
         """Seconds that the consumer waited for the thread, so far."""
         # one on a laptop, whose cores are for training; more where they must keep up with a GPU
-        self._thread = ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) // 4)), "jumprelu-batches")
+        self._thread = ThreadPoolExecutor(
+            max(1, min(4, (os.cpu_count() or 1) // 4)), "jumprelu-batches"
+        )
         self._pinned = pinned
         weakref.finalize(self, self._thread.shutdown, wait=False, cancel_futures=True)
         self._acts, self._batch_size = acts, batch_size
         self._plan = acts._bucket_stream(seed, start * batch_size, bucket_rows)
         self._left: torch.Tensor | None = None  # what is not yet used of the bucket in use
-        self._ahead: tuple[torch.Tensor, int, list[Future]] | None = None  # the next bucket, rows to skip, jobs that fill it
+        self._ahead: tuple[torch.Tensor, int, list[Future]] | None = (
+            None  # the next bucket, rows to skip, jobs that fill it
+        )
         self._read_ahead()
 
     def __next__(self) -> torch.Tensor:
@@ -212,7 +279,10 @@ class Batches(Iterator[torch.Tensor]):
         bucket = torch.empty(len(places), self._acts.d_in, pin_memory=self._pinned)
         places = places.split([self._acts.index["shards"][name]["rows"] for name in names])
         # a job a shard, so that ending the stream waits for one shard at most
-        jobs = [self._thread.submit(self._acts._read_into, bucket, *each) for each in zip(names, places, strict=True)]
+        jobs = [
+            self._thread.submit(self._acts._read_into, bucket, *each)
+            for each in zip(names, places, strict=True)
+        ]
         self._ahead = bucket, skip, jobs
 
     def _next_bucket(self) -> torch.Tensor:
@@ -228,27 +298,37 @@ class Batches(Iterator[torch.Tensor]):
 def open_activations(folder: str | Path) -> Activations:
     """Open the store that :func:`jumprelu.harvest` wrote to `folder`.
 
-    Raises FileNotFoundError if there is none, ValueError if its harvest is unfinished or a shard is missing or truncated.
+    Raises FileNotFoundError if there is none, ValueError if its harvest is unfinished or a shard is
+    missing or truncated.
     """
     folder = Path(folder)
     if not (folder / INDEX).exists():
         inside = sorted(path.parent.name for path in folder.glob(f"*/{INDEX}"))
-        raise FileNotFoundError(f"no activations in {folder}: it has no {INDEX}. "
-                                + (f"Open one of its sub-folders: {', '.join(inside)}" if inside
-                                   else "Give a folder that jumprelu.harvest(…, out=folder) wrote"))
+        raise FileNotFoundError(
+            f"no activations in {folder}: it has no {INDEX}. "
+            + (
+                f"Open one of its sub-folders: {', '.join(inside)}"
+                if inside
+                else "Give a folder that jumprelu.harvest(…, out=folder) wrote"
+            )
+        )
     index = _read_index(folder)
     for name, record in index["shards"].items():
         if not is_whole(folder / name, record, checksum=False):
             raise ValueError(_damaged(folder / name))
     if len(index["shards"]) < index["n_shards"]:
-        raise ValueError(f"{folder} has {len(index['shards'])} of {index['n_shards']} shards: its harvest was interrupted. "
-                         "Call jumprelu.harvest again with the same arguments: it goes on where it stopped")
+        raise ValueError(
+            f"{folder} has {len(index['shards'])} of {index['n_shards']} shards: its harvest was interrupted. "
+            "Call jumprelu.harvest again with the same arguments: it goes on where it stopped"
+        )
     return Activations(folder, index)
 
 
 def _damaged(path: Path) -> str:
-    return (f"{path} is missing, truncated or altered: its size or SHA-256 is not the one in {INDEX}. Delete the file and call "
-            "jumprelu.harvest again with the same arguments: it makes this shard again and keeps the others")
+    return (
+        f"{path} is missing, truncated or altered: its size or SHA-256 is not the one in {INDEX}. Delete the file and call "
+        "jumprelu.harvest again with the same arguments: it makes this shard again and keeps the others"
+    )
 
 
 def _count(bad: torch.Tensor) -> str:
@@ -256,11 +336,12 @@ def _count(bad: torch.Tensor) -> str:
 
 
 def _generator(*key: Any) -> torch.Generator:
-    """A random generator of its own for every key; on the CPU, so that the order is the same on all machines."""
+    """A random generator of its own for every key; on the CPU, so that the order is the same on all
+    machines."""
     return torch.Generator().manual_seed(int(digest(*key), 16))
 
 
-# ---- writing --------------------------------------------------------------------------------------------------
+# ---- writing
 
 
 def shard_name(number: int) -> str:
@@ -269,32 +350,59 @@ def shard_name(number: int) -> str:
 
 def is_whole(path: Path, record: dict[str, Any], checksum: bool = True) -> bool:
     """Whether the file at `path` is the one that its record in the index describes."""
-    return path.is_file() and path.stat().st_size == record["bytes"] and (not checksum or sha256(path) == record["sha256"])
+    return (
+        path.is_file()
+        and path.stat().st_size == record["bytes"]
+        and (not checksum or sha256(path) == record["sha256"])
+    )
 
 
-def start_store(folder: Path, request: dict[str, Any], model_name: str | None, d_in: int, n_shards: int) -> dict[str, Any]:
-    """The index to go on from: that of the store in `folder`, less damaged shards, if it answers `request`; else a new one.
+def start_store(
+    folder: Path, request: dict[str, Any], model_name: str | None, d_in: int, n_shards: int
+) -> dict[str, Any]:
+    """The index to go on from: that of the store in `folder`, less damaged shards, if it answers
+    `request`; else a new one.
 
-    request: what the store's content follows from, with at least site, layer and dtype. If all shards are there with
-    their sizes, checksums are left to the reader; if one is missing, the others' are compared now.
+    request: what the store's content follows from, with at least site, layer and dtype. If all
+    shards are there with their sizes, checksums are left to the reader; if one is missing, the
+    others' are compared now.
 
-    Raises ValueError if `folder` holds the answer to another request, or shards without an index; nothing is changed then.
+    Raises ValueError if `folder` holds the answer to another request, or shards without an index;
+    nothing is changed then.
     """
     if (folder / INDEX).exists():
         index = _read_index(folder)
         if index["request"] != request:
             there = index["request"]
-            differ = [f"{key} is {there.get(key)!r} there and {request.get(key)!r} here"
-                      for key in sorted(request.keys() | there.keys()) if there.get(key) != request.get(key)]
-            raise ValueError(f"{folder} holds other activations: {'; '.join(differ)}. Choose another folder, or delete this one")
+            differ = [
+                f"{key} is {there.get(key)!r} there and {request.get(key)!r} here"
+                for key in sorted(request.keys() | there.keys())
+                if there.get(key) != request.get(key)
+            ]
+            raise ValueError(
+                f"{folder} holds other activations: {'; '.join(differ)}. Choose another folder, or delete this one"
+            )
         for checksum in (False, True):
-            index["shards"] = {n: record for n, record in index["shards"].items() if is_whole(folder / n, record, checksum)}
+            index["shards"] = {
+                n: record
+                for n, record in index["shards"].items()
+                if is_whole(folder / n, record, checksum)
+            }
             if len(index["shards"]) == n_shards:
                 break
     elif any(folder.glob("shard-*.safetensors")):
-        raise ValueError(f"{folder} holds shards without {INDEX}: choose another folder, or delete this one")
+        raise ValueError(
+            f"{folder} holds shards without {INDEX}: choose another folder, or delete this one"
+        )
     else:
-        index = {"format": FORMAT, "request": request, "model_name": model_name, "d_in": d_in, "n_shards": n_shards, "shards": {}}
+        index = {
+            "format": FORMAT,
+            "request": request,
+            "model_name": model_name,
+            "d_in": d_in,
+            "n_shards": n_shards,
+            "shards": {},
+        }
         write_json(folder / INDEX, index)
     for leftover in folder.glob(".*.tmp"):  # of a killed process
         leftover.unlink()
@@ -302,16 +410,23 @@ def start_store(folder: Path, request: dict[str, Any], model_name: str | None, d
 
 
 def add_shard(folder: Path, index: dict[str, Any], number: int, shard: Shard) -> None:
-    """Write shard `number` in the index's dtype, then the index with it: a kill in between costs one shard, nothing else.
+    """Write shard `number` in the index's dtype, then the index with it: a kill in between costs
+    one shard, nothing else.
 
-    The checksum is that of the bytes meant to be written, not of what a disk made of them.
-    Raises ValueError for NaN or infinity, before anything is written; OSError naming the file if the disk is full.
+    The checksum is that of the bytes meant to be written, not of what a disk made of them. Raises
+    ValueError for NaN or infinity, before anything is written; OSError naming the file if the disk
+    is full.
     """
     activations = shard.activations.to(DTYPES[index["request"]["dtype"]])
     bad = ~torch.isfinite(activations).all(dim=-1)
     if bad.any():
-        raise ValueError(f"{folder / shard_name(number)} would hold NaN or infinity in {_count(bad)}: it was not written")
-    whole = {name: getattr(shard, name).to(torch.int32, copy=True) for name in ("ids", "position", "document")}
+        raise ValueError(
+            f"{folder / shard_name(number)} would hold NaN or infinity in {_count(bad)}: it was not written"
+        )
+    whole = {
+        name: getattr(shard, name).to(torch.int32, copy=True)
+        for name in ("ids", "position", "document")
+    }
     data = save({"activations": activations.contiguous(), **whole})
     with writing(folder / shard_name(number)) as temporary:
         temporary.write_bytes(data)
@@ -320,27 +435,43 @@ def add_shard(folder: Path, index: dict[str, Any], number: int, shard: Shard) ->
     write_json(folder / INDEX, index)
 
 
-def activations_from_tensor(x: torch.Tensor, out: str | Path, document: torch.Tensor | None = None, shard_rows: int = 2**16,
-                            dtype: str = "float32") -> Activations:
-    """Store the rows of `x`, float [rows, d_in], in the folder `out`: toy data for whatever takes `Activations`.
+def activations_from_tensor(
+    x: torch.Tensor,
+    out: str | Path,
+    document: torch.Tensor | None = None,
+    shard_rows: int = 2**16,
+    dtype: str = "float32",
+) -> Activations:
+    """Store the rows of `x`, float [rows, d_in], in the folder `out`: toy data for whatever takes
+    `Activations`.
 
-    document: integers [rows], by default one a row. Token ids and positions are 0. Raises ValueError for another shape,
-    NaN or infinity, or a folder that holds something else.
+    document: integers [rows], by default one a row. Token ids and positions are 0. Raises
+    ValueError for another shape, NaN or infinity, or a folder that holds something else.
     """
     if x.ndim != 2 or not x.is_floating_point() or not x.numel():
-        raise ValueError(f"expected a float tensor of shape [rows, d_in], got {tuple(x.shape)} of {x.dtype}")
+        raise ValueError(
+            f"expected a float tensor of shape [rows, d_in], got {tuple(x.shape)} of {x.dtype}"
+        )
     check_dtype(dtype)
     x = x.detach().cpu()
     document = torch.arange(len(x)) if document is None else document.cpu()
     zeros = torch.zeros(len(x), dtype=torch.int32)
-    request = {"tokens": tensor_digest({"x": x, "document": document}), "model": None, "site": None, "layer": None,
-               "dtype": dtype, "shard_rows": shard_rows}  # fmt: skip
+    request = {
+        "tokens": tensor_digest({"x": x, "document": document}),
+        "model": None,
+        "site": None,
+        "layer": None,
+        "dtype": dtype,
+        "shard_rows": shard_rows,
+    }
     starts = range(0, len(x), shard_rows)
     index = start_store(Path(out), request, None, x.shape[1], len(starts))
     for number, first in enumerate(starts):
         if shard_name(number) not in index["shards"]:
             rows = slice(first, first + shard_rows)
-            add_shard(Path(out), index, number, Shard(x[rows], zeros[rows], zeros[rows], document[rows]))
+            add_shard(
+                Path(out), index, number, Shard(x[rows], zeros[rows], zeros[rows], document[rows])
+            )
     return open_activations(out)
 
 
@@ -353,5 +484,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     index = read_json(folder / INDEX)
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         found = index.get("format") if isinstance(index, dict) else type(index).__name__
-        raise ValueError(f"{folder / INDEX} has format {found!r}, this version reads {FORMAT}: harvest into another folder")
+        raise ValueError(
+            f"{folder / INDEX} has format {found!r}, this version reads {FORMAT}: harvest into another folder"
+        )
     return index

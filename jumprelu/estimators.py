@@ -3,15 +3,16 @@
     JumpReLU_θ(z) = z·H(z − θ)          ð/ðθ = −(θ/ε)·K((z − θ)/ε)      ð/ðz = H(z − θ)
     step_θ(z)     =   H(z − θ)          ð/ðθ = −(1/ε)·K((z − θ)/ε)      ð/ðz = 0
 
-(Rajamanoharan et al. 2024, arXiv 2407.14435, the section on training.) K is a kernel that integrates to 1,
-ε its bandwidth, one for all latents or one for each. Both functions are piecewise constant in θ, so their true
-derivative says nothing; averaged over a batch, the pseudo-derivatives are a kernel density estimate of the derivative of
-the *expected* loss.
+(Rajamanoharan et al. 2024, arXiv 2407.14435, the section on training.) K is a kernel that
+integrates to 1, ε its bandwidth, one for all latents or one for each. Both functions are piecewise
+constant in θ, so their true derivative says nothing; averaged over a batch, the pseudo-derivatives
+are a kernel density estimate of the derivative of the *expected* loss.
 
 Notable here:
-- no pseudo-gradient reaches z, so the L0 penalty trains thresholds only. `ste_to_z=True` adds the term that is left out, for
-  the ablation that shows what it does.
-- comparisons are written as ones and zeros of z's own type, in place: booleans would be several times as slow on a CPU.
+- no pseudo-gradient reaches z, so the L0 penalty trains thresholds only. `ste_to_z=True` adds the
+  term that is left out, for the ablation that shows what it does.
+- comparisons are written as ones and zeros of z's own type, in place: booleans would be several
+  times as slow on a CPU.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ KERNELS = tuple(REACH)
 def kernel(u: torch.Tensor, name: str = "rectangle") -> torch.Tensor:
     """K(u), a density: non-negative, symmetric, integral 1; same shape as `u`.
 
-    rectangle: H(u + ½) − H(u − ½), the paper's choice; triangular: (1 − |u|)₊; epanechnikov: ¾(1 − u²)₊;
-    gaussian: exp(−u²/2)/√(2π). Raises ValueError for another name.
+    rectangle: H(u + ½) − H(u − ½), the paper's choice; triangular: (1 − |u|)₊; epanechnikov: ¾(1 −
+    u²)₊; gaussian: exp(−u²/2)/√(2π). Raises ValueError for another name.
     """
     if name == "rectangle":
         return u.abs().lt_(0.5)
@@ -64,9 +65,19 @@ class _JumpReLU(torch.autograd.Function):
     def backward(ctx, gradient):
         z, threshold = ctx.saved_tensors
         bandwidth, kernel_name, ste_to_z = ctx.options
-        spike = kernel((z - threshold).div_(bandwidth), kernel_name).mul_(threshold / bandwidth).mul_(gradient)
+        spike = (
+            kernel((z - threshold).div_(bandwidth), kernel_name)
+            .mul_(threshold / bandwidth)
+            .mul_(gradient)
+        )
         to_z = heaviside(z, threshold).mul_(gradient)
-        return to_z.add_(spike) if ste_to_z else to_z, -_sum_to(spike, threshold.shape), None, None, None
+        return (
+            to_z.add_(spike) if ste_to_z else to_z,
+            -_sum_to(spike, threshold.shape),
+            None,
+            None,
+            None,
+        )
 
 
 class _Step(torch.autograd.Function):
@@ -91,38 +102,62 @@ def _fits(shape: torch.Size, z: torch.Tensor) -> bool:
         return False
 
 
-def _checked(threshold: torch.Tensor | float, bandwidth: float | torch.Tensor, kernel_name: str, z: torch.Tensor) -> torch.Tensor:
+def _checked(
+    threshold: torch.Tensor | float,
+    bandwidth: float | torch.Tensor,
+    kernel_name: str,
+    z: torch.Tensor,
+) -> torch.Tensor:
     many = isinstance(bandwidth, torch.Tensor)
     if not ((bandwidth > 0).all() if many else bandwidth > 0):
-        raise ValueError(f"bandwidth must be above 0, got {bandwidth.min().item() if many else bandwidth}: the paper uses 0.001 "
-                         "for inputs with E‖x‖² = 1")
+        raise ValueError(
+            f"bandwidth must be above 0, got {bandwidth.min().item() if many else bandwidth}: the paper uses 0.001 "
+            "for inputs with E‖x‖² = 1"
+        )
     if many and not _fits(bandwidth.shape, z):
-        raise ValueError(f"bandwidth of shape {tuple(bandwidth.shape)} does not fit pre-activations of shape "
-                         f"{tuple(z.shape)}: expected [d_sae] (one bandwidth a latent) or a number")
+        raise ValueError(
+            f"bandwidth of shape {tuple(bandwidth.shape)} does not fit pre-activations of shape "
+            f"{tuple(z.shape)}: expected [d_sae] (one bandwidth a latent) or a number"
+        )
     if kernel_name not in KERNELS:
         raise ValueError(f"unknown kernel {kernel_name!r}: expected one of {', '.join(KERNELS)}")
     if not isinstance(threshold, torch.Tensor):
         threshold = torch.tensor(threshold, dtype=z.dtype, device=z.device)
     if not _fits(threshold.shape, z):
-        raise ValueError(f"threshold of shape {tuple(threshold.shape)} does not fit pre-activations of shape "
-                         f"{tuple(z.shape)}: expected [d_sae] (one threshold a latent) or a scalar")
+        raise ValueError(
+            f"threshold of shape {tuple(threshold.shape)} does not fit pre-activations of shape "
+            f"{tuple(z.shape)}: expected [d_sae] (one threshold a latent) or a scalar"
+        )
     return threshold
 
 
-def jump_relu(z: torch.Tensor, threshold: torch.Tensor | float, bandwidth: float | torch.Tensor,
-              kernel: str = "rectangle", ste_to_z: bool = False) -> torch.Tensor:
+def jump_relu(
+    z: torch.Tensor,
+    threshold: torch.Tensor | float,
+    bandwidth: float | torch.Tensor,
+    kernel: str = "rectangle",
+    ste_to_z: bool = False,
+) -> torch.Tensor:
     """z·H(z − θ), with a straight-through gradient to the threshold.
 
     z: pre-activations, any shape [..., d_sae]; threshold: [d_sae] or a scalar, in the units of z;
-    bandwidth: ε > 0 in the units of z, a number or [d_sae], used by the backward pass only; it takes no gradient.
-    Returns the shape of z. At z = θ the latent is off. Raises ValueError for a bandwidth ≤ 0, an unknown kernel, and a
-    threshold or bandwidth that does not broadcast to z. Source: Rajamanoharan et al. 2024, the definition of JumpReLU and
-    its pseudo-derivative.
+    bandwidth: ε > 0 in the units of z, a number or [d_sae], used by the backward pass only; it
+    takes no gradient. Returns the shape of z. At z = θ the latent is off. Raises ValueError for a
+    bandwidth ≤ 0, an unknown kernel, and a threshold or bandwidth that does not broadcast to z.
+    Source: Rajamanoharan et al. 2024, the definition of JumpReLU and its pseudo-derivative.
     """
-    return _JumpReLU.apply(z, _checked(threshold, bandwidth, kernel, z), bandwidth, kernel, ste_to_z)
+    return _JumpReLU.apply(
+        z, _checked(threshold, bandwidth, kernel, z), bandwidth, kernel, ste_to_z
+    )
 
 
-def step(z: torch.Tensor, threshold: torch.Tensor | float, bandwidth: float | torch.Tensor, kernel: str = "rectangle",
-         ste_to_z: bool = False) -> torch.Tensor:
-    """H(z − θ), 1 where a latent is on and else 0; its sum over latents is L0. Arguments as for :func:`jump_relu`."""
+def step(
+    z: torch.Tensor,
+    threshold: torch.Tensor | float,
+    bandwidth: float | torch.Tensor,
+    kernel: str = "rectangle",
+    ste_to_z: bool = False,
+) -> torch.Tensor:
+    """H(z − θ), 1 where a latent is on and else 0; its sum over latents is L0. Arguments as for
+    :func:`jump_relu`."""
     return _Step.apply(z, _checked(threshold, bandwidth, kernel, z), bandwidth, kernel, ste_to_z)

@@ -20,6 +20,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+SUBJECT = Path(__file__).with_name("subject")
+"""The shipped language model: weights, tokenizer, the log of its training."""
+
 
 def cache_root() -> Path:
     """Folder for everything that can be made again: `$JUMPRELU_CACHE`, or `.cache` in a checkout,
@@ -27,12 +30,17 @@ def cache_root() -> Path:
     if "JUMPRELU_CACHE" in os.environ:
         return Path(os.environ["JUMPRELU_CACHE"])
     checkout = Path(__file__).resolve().parent.parent
-    return checkout / ".cache" if (checkout / "pyproject.toml").exists() else Path.home() / ".cache/jumprelu"
+    return (
+        checkout / ".cache"
+        if (checkout / "pyproject.toml").exists()
+        else Path.home() / ".cache/jumprelu"
+    )
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success flush it to disk and rename it to `path`.
+    """Yield a temporary path in the same folder; on success flush it to disk and rename it to
+    `path`.
 
     Raises OSError naming `path` when the disk is full or not writable; `path` is then as it was.
     """
@@ -48,8 +56,11 @@ def writing(path: str | Path) -> Iterator[Path]:
         os.chmod(temporary, 0o644)  # mkstemp makes 0600
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, f"could not write {path}: {error.strerror or error}; the old file, if any, "
-                      "is untouched. Free some disk space or choose another folder") from error
+        raise OSError(
+            error.errno,
+            f"could not write {path}: {error.strerror or error}; the old file, if any, "
+            "is untouched. Free some disk space or choose another folder",
+        ) from error
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
@@ -68,14 +79,22 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). It was cut off or edited: delete it and write it again") from error
+        raise ValueError(
+            f"{path} is not valid JSON ({error}). It was cut off or edited: delete it and write it again"
+        ) from error
 
 
-def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
     with writing(path) as temporary:
         try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
-        except SafetensorError as error:  # a full disk, too, is reported as an error of its own kind
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata
+            )
+        except (
+            SafetensorError
+        ) as error:  # a full disk, too, is reported as an error of its own kind
             if number := re.search(r"os error (\d+)", str(error)):
                 raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
             raise

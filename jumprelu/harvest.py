@@ -2,11 +2,12 @@
 
 Notable here:
 - several sites and layers in one pass; the forward stops after the last layer needed.
-- a shard is a function of its rows of tokens alone, is written by rename, and is entered in the index afterwards.
-  So a process that is killed at any point leaves a store that the same call completes, byte for byte as if it had
-  never stopped (on one machine, with one number of threads and one `batch_rows`: these change the last bits of a sum).
-- the model does not wait: activations are copied to the host while the next batch is computed, and a thread checks and
-  writes a shard while the next one is filled.
+- a shard is a function of its rows of tokens alone, is written by rename, and is entered in the
+  index afterwards. So a process that is killed at any point leaves a store that the same call
+  completes, byte for byte as if it had never stopped (on one machine, with one number of threads
+  and one `batch_rows`: these change the last bits of a sum).
+- the model does not wait: activations are copied to the host while the next batch is computed, and
+  a thread checks and writes a shard while the next one is filled.
 - memory: two shards a site, and one batch in the model.
 """
 
@@ -19,65 +20,122 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .activations import DTYPES, Activations, Shard, add_shard, check_dtype, open_activations, shard_name, start_store
+from .activations import (
+    DTYPES,
+    Activations,
+    Shard,
+    add_shard,
+    check_dtype,
+    open_activations,
+    shard_name,
+    start_store,
+)
 from .corpus import Tokens, as_tokens
 from .files import tensor_digest
-from .hooks import Key, capture
 from .lm import LM
+from .sites import Key, capture
 
 SHARD_NUMBERS = 2**24
 """Numbers in a shard by default (64 MiB in float32), before rounding to whole rows of tokens."""
 
 
-def harvest(lm: LM, tokens: Tokens | torch.Tensor, site: str | Sequence[str] = "resid_post", *, layer: int | Sequence[int],
-            out: str | Path, dtype: str = "float32", batch_rows: int = 16,
-            shard_rows: int | None = None) -> Activations | dict[Key, Activations]:
-    """Store the activations of `lm` on `tokens` at `site` of `layer` in the folder `out`, and open the store.
+def harvest(
+    lm: LM,
+    tokens: Tokens | torch.Tensor,
+    site: str | Sequence[str] = "resid_post",
+    *,
+    layer: int | Sequence[int],
+    out: str | Path,
+    dtype: str = "float32",
+    batch_rows: int = 16,
+    shard_rows: int | None = None,
+) -> Activations | dict[Key, Activations]:
+    """Store the activations of `lm` on `tokens` at `site` of `layer` in the folder `out`, and open
+    the store.
 
-    tokens: rows of ids, [n_rows, context_size]. site, layer: one each gives one store in `out`; if either is a sequence,
-    all pairs are taken in one pass, each pair in the sub-folder `site-layer`, and the result is a dictionary by
-    (site, layer). dtype: on disk, "float32", "bfloat16" or "float16". batch_rows: rows of tokens a forward pass.
-    shard_rows: rows of tokens a shard, by default about 16 M numbers, but a batch at least.
+    tokens: rows of ids, [n_rows, context_size]. site, layer: one each gives one store in `out`; if
+    either is a sequence, all pairs are taken in one pass, each pair in the sub-folder `site-layer`,
+    and the result is a dictionary by (site, layer). dtype: on disk, "float32", "bfloat16" or
+    "float16". batch_rows: rows of tokens a forward pass. shard_rows: rows of tokens a shard, by
+    default about 16 M numbers, but a batch at least.
 
-    Positions that hold BOS, EOS or padding are dropped (:attr:`LM.special_ids`). A finished store is returned at once;
-    an interrupted one is completed.
+    Positions that hold BOS, EOS or padding are dropped (:attr:`LM.special_ids`). A finished store
+    is returned at once; an interrupted one is completed.
 
-    Raises ValueError for an unknown site, layer, layout or dtype, unreadable tokens, NaN or infinity (naming the row of
-    tokens; that shard is not written), or a folder that holds other activations (nothing is overwritten);
-    OSError naming the file if it cannot be written.
+    Raises ValueError for an unknown site, layer, layout or dtype, unreadable tokens, NaN or
+    infinity (naming the row of tokens; that shard is not written), or a folder that holds other
+    activations (nothing is overwritten); OSError naming the file if it cannot be written.
     """
     tokens = as_tokens(tokens)
     lm.check_ids(tokens.ids)
     check_dtype(dtype)
     several = not (isinstance(site, str) and isinstance(layer, int))
-    keys = [(s, n) for s in ([site] if isinstance(site, str) else site) for n in ([layer] if isinstance(layer, int) else layer)]
+    keys = [
+        (s, n)
+        for s in ([site] if isinstance(site, str) else site)
+        for n in ([layer] if isinstance(layer, int) else layer)
+    ]
     widths = {key: value.shape[-1] for key, value in capture(lm, keys, tokens.ids[:1, :1]).items()}
     if shard_rows is None:
         shard_rows = max(1, batch_rows, SHARD_NUMBERS // (tokens.ids.shape[1] * lm.d_model))
     if batch_rows < 1 or shard_rows < 1:
-        raise ValueError(f"batch_rows is {batch_rows} and shard_rows {shard_rows}: expected at least 1 each")
+        raise ValueError(
+            f"batch_rows is {batch_rows} and shard_rows {shard_rows}: expected at least 1 each"
+        )
     keep = ~torch.isin(tokens.ids, torch.tensor(lm.special_ids, dtype=tokens.ids.dtype))
     if not keep.any():
-        raise ValueError(f"all tokens are special ({', '.join(map(str, lm.special_ids))} for {lm.name}): no activation is left")
+        raise ValueError(
+            f"all tokens are special ({', '.join(map(str, lm.special_ids))} for {lm.name}): no activation is left"
+        )
 
     n_shards = -(-len(tokens) // shard_rows)
-    request = {"model": lm.fingerprint, "tokens": tensor_digest({"ids": tokens.ids, "document": tokens.document}),
-               "dropped_ids": list(lm.special_ids), "dtype": dtype, "shard_rows": shard_rows}  # fmt: skip
+    request = {
+        "model": lm.fingerprint,
+        "tokens": tensor_digest({"ids": tokens.ids, "document": tokens.document}),
+        "dropped_ids": list(lm.special_ids),
+        "dtype": dtype,
+        "shard_rows": shard_rows,
+    }
     folders = {key: Path(out) / f"{key[0]}-{key[1]}" if several else Path(out) for key in keys}
-    indexes = {key: start_store(folders[key], {**request, "site": key[0], "layer": key[1]}, lm.name, widths[key], n_shards)
-               for key in keys}
-    missing = {number: [key for key in keys if shard_name(number) not in indexes[key]["shards"]] for number in range(n_shards)}
+    indexes = {
+        key: start_store(
+            folders[key],
+            {**request, "site": key[0], "layer": key[1]},
+            lm.name,
+            widths[key],
+            n_shards,
+        )
+        for key in keys
+    }
+    missing = {
+        number: [key for key in keys if shard_name(number) not in indexes[key]["shards"]]
+        for number in range(n_shards)
+    }
     missing = {number: wanted for number, wanted in missing.items() if wanted}
 
     total = sum(int(keep[n * shard_rows : (n + 1) * shard_rows].sum()) for n in missing)
     writing: list[Future] = []
-    with (tqdm(total=total, desc="harvesting", unit="act", unit_scale=True, mininterval=2, leave=bool(missing)) as progress,
-          ThreadPoolExecutor(1, "jumprelu-shards") as writer):  # fmt: skip
+    with (
+        tqdm(
+            total=total,
+            desc="harvesting",
+            unit="act",
+            unit_scale=True,
+            mininterval=2,
+            leave=bool(missing),
+        ) as progress,
+        ThreadPoolExecutor(1, "jumprelu-shards") as writer,
+    ):
         for number, wanted in missing.items():
             rows = slice(number * shard_rows, (number + 1) * shard_rows)
-            shards = {key: _empty_shard(tokens[rows], keep[rows], widths[key], DTYPES[dtype], lm.device) for key in wanted}
+            shards = {
+                key: _empty_shard(tokens[rows], keep[rows], widths[key], DTYPES[dtype], lm.device)
+                for key in wanted
+            }
             done = 0
-            for ids, kept in zip(tokens.ids[rows].split(batch_rows), keep[rows].split(batch_rows), strict=True):
+            for ids, kept in zip(
+                tokens.ids[rows].split(batch_rows), keep[rows].split(batch_rows), strict=True
+            ):
                 index = kept.flatten().nonzero().squeeze(-1).to(lm.device)
                 for key, value in capture(lm, wanted, ids).items():
                     new = value.flatten(0, 1)[index.to(value.device)].to(DTYPES[dtype])
@@ -88,18 +146,41 @@ def harvest(lm: LM, tokens: Tokens | torch.Tensor, site: str | Sequence[str] = "
                 torch.cuda.synchronize(lm.device)
             for one in writing:
                 one.result()
-            writing = [writer.submit(_check_and_add, lm, key, folders[key], indexes[key], number, shard, keep[rows], rows.start)
-                       for key, shard in shards.items()]  # fmt: skip
+            writing = [
+                writer.submit(
+                    _check_and_add,
+                    lm,
+                    key,
+                    folders[key],
+                    indexes[key],
+                    number,
+                    shard,
+                    keep[rows],
+                    rows.start,
+                )
+                for key, shard in shards.items()
+            ]
         for one in writing:
             one.result()
     stores = {key: open_activations(folder) for key, folder in folders.items()}
     return stores if several else stores[keys[0]]
 
 
-def _check_and_add(lm: LM, key: Key, folder: Path, index: dict, number: int, shard: Shard, keep: torch.Tensor,
-                   first: int) -> None:
-    """Write a shard; keep: bool [n_rows, context_size], the positions that it holds; first: its first row of tokens."""
-    if not torch.isfinite(shard.activations.sum(dtype=torch.float32)):  # a sum may overflow without one, so look again
+def _check_and_add(
+    lm: LM,
+    key: Key,
+    folder: Path,
+    index: dict,
+    number: int,
+    shard: Shard,
+    keep: torch.Tensor,
+    first: int,
+) -> None:
+    """Write a shard; keep: bool [n_rows, context_size], the positions that it holds; first: its
+    first row of tokens."""
+    if not torch.isfinite(
+        shard.activations.sum(dtype=torch.float32)
+    ):  # a sum may overflow without one, so look again
         bad = (~torch.isfinite(shard.activations).all(dim=-1)).nonzero()
         if len(bad):
             row, position = keep.nonzero()[int(bad[0])].tolist()
@@ -107,8 +188,11 @@ def _check_and_add(lm: LM, key: Key, folder: Path, index: dict, number: int, sha
     add_shard(folder, index, number, shard)
 
 
-def _empty_shard(tokens: Tokens, keep: torch.Tensor, width: int, dtype: torch.dtype, device: torch.device) -> Shard:
-    """A row for every position in `keep`, bool [n_rows, context_size], its activation still to be filled in from `device`."""
+def _empty_shard(
+    tokens: Tokens, keep: torch.Tensor, width: int, dtype: torch.dtype, device: torch.device
+) -> Shard:
+    """A row for every position in `keep`, bool [n_rows, context_size], its activation still to be
+    filled in from `device`."""
     row, position = keep.nonzero(as_tuple=True)
     activations = torch.empty(len(row), width, dtype=dtype, pin_memory=device.type == "cuda")
     return Shard(activations, tokens.ids[row, position], position, tokens.document[row])
@@ -118,5 +202,7 @@ def _not_finite(lm: LM, key: Key, row: int, position: int, dtype: str) -> str:
     ways = "check the weights, or load the model with dtype='float32' or 'bfloat16'"
     if dtype == "float16":
         ways += "; float16 ends at 65504, which some models exceed: harvest with dtype='bfloat16' or 'float32'"
-    return (f"{lm.name} gives NaN or infinity at {key[0]} of layer {key[1]}, row of tokens {row}, first at position "
-            f"{position}, stored as {dtype}. That shard was not written; {ways}")
+    return (
+        f"{lm.name} gives NaN or infinity at {key[0]} of layer {key[1]}, row of tokens {row}, first at position "
+        f"{position}, stored as {dtype}. That shard was not written; {ways}"
+    )

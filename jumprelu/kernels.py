@@ -1,19 +1,24 @@
 """Sparse training on a GPU: Triton kernels that find the entries of S, and sum over them.
 
-They compute what the functions of `sparse.py` and `optim.py` compute on a CPU. All of them wait for memory, not for arithmetic,
-so each says what it moves.
+They compute what the functions of `sparse.py` and `optim.py` compute on a CPU. All of them wait for
+memory, not for arithmetic, so each says what it moves.
 
 Notable here:
-- entries are in compressed rows throughout: `start`, int32 [rows + 1], says where each row's entries begin, and the end of
-  the last. There are fewer than 2³¹ of them; matrices may have more elements, so offsets into those are 64 bits.
-- no kernel uses atomics: each output is written once, by one program, in one order. Results are the same to the bit from
-  run to run.
-- sums are taken in float32 on the ordinary units, never in TF32; bfloat16 is only ever how a matrix is stored.
-- without Triton (macOS, PyTorch for CPUs) the module can be imported all the same: :func:`serves` is False.
-- with TRITON_INTERPRET=1 in the environment before Triton is imported, the same code runs on a CPU, for tests.
+- entries are in compressed rows throughout: `start`, int32 [rows + 1], says where each row's
+  entries begin, and the end of the last. There are fewer than 2³¹ of them; matrices may have more
+  elements, so offsets into those are 64 bits.
+- no kernel uses atomics: each output is written once, by one program, in one order. Results are the
+  same to the bit from run to run.
+- sums are taken in float32 on the ordinary units, never in TF32; bfloat16 is only ever how a matrix
+  is stored.
+- without Triton (macOS, PyTorch for CPUs) the module can be imported all the same: :func:`serves`
+  is False.
+- with TRITON_INTERPRET=1 in the environment before Triton is imported, the same code runs on a CPU,
+  for tests.
 
-Sources: Triton is Tillet et al. 2019, "Triton: an intermediate language and compiler for tiled neural network computations";
-Gao et al. 2024 (arXiv 2406.04093), in an appendix, train SAEs with sparse kernels of it.
+Sources: Triton is Tillet et al. 2019, "Triton: an intermediate language and compiler for tiled
+neural network computations"; Gao et al. 2024 (arXiv 2406.04093), in an appendix, train SAEs with
+sparse kernels of it.
 """
 
 from __future__ import annotations
@@ -35,7 +40,8 @@ ENTRIES = 8
 """Entries that a program works on at a time: so many rows are on their way from memory at once."""
 
 WIDEST = 2**14
-"""Columns of a matrix whose rows :func:`adam` can keep at norm 1: a program holds one row in registers."""
+"""Columns of a matrix whose rows :func:`adam` can keep at norm 1: a program holds one row in
+registers."""
 
 
 def serves(tensor: torch.Tensor) -> bool:
@@ -43,7 +49,7 @@ def serves(tensor: torch.Tensor) -> bool:
     return triton is not None and (tensor.is_cuda or ON_CPU)
 
 
-# ---- finding entries --------------------------------------------------------------------------------------------
+# ---- finding entries
 
 
 @jit
@@ -53,7 +59,9 @@ def _count(products, bar, counts, columns, BLOCK: tl.constexpr):
     found = tl.zeros([BLOCK], tl.int32)
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        product = tl.load(products + row * columns + column, mask=column < columns, other=0.0).to(tl.float32)
+        product = tl.load(products + row * columns + column, mask=column < columns, other=0.0).to(
+            tl.float32
+        )
         found += ((product > level) & (column < columns)).to(tl.int32)
     tl.store(counts + row, tl.sum(found, 0))
 
@@ -66,7 +74,9 @@ def _list(products, bar, start, column_out, value_out, columns, BLOCK: tl.conste
     if place < tl.load(start + row + 1):
         for first in range(0, columns, BLOCK):
             column = first + tl.arange(0, BLOCK)
-            product = tl.load(products + row * columns + column, mask=column < columns, other=0.0).to(tl.float32)
+            product = tl.load(
+                products + row * columns + column, mask=column < columns, other=0.0
+            ).to(tl.float32)
             over = (product > level) & (column < columns)
             found = tl.sum(over.to(tl.int32), 0)
             if found > 0:  # most blocks have none, and a running sum costs more than a sum
@@ -76,14 +86,16 @@ def _list(products, bar, start, column_out, value_out, columns, BLOCK: tl.conste
             place += found
 
 
-def compact(products: torch.Tensor, bar: torch.Tensor | None = None,
-            limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """(start, column, value) of the entries of `products` above their row's bar, row by row, columns ascending; None if
-    there are more than `limit`.
+def compact(
+    products: torch.Tensor, bar: torch.Tensor | None = None, limit: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """(start, column, value) of the entries of `products` above their row's bar, row by row,
+    columns ascending; None if there are more than `limit`.
 
-    products: float32 or bfloat16 [rows, columns]; bar: float32 [rows], or None for zeros. column: int32 [n]; value:
-    float32 [n]. Waits for the device once, to learn n. Raises ValueError at 2³¹ entries.
-    Memory: reads `products` once, and once more the rows that have an entry; writes 8 bytes an entry.
+    products: float32 or bfloat16 [rows, columns]; bar: float32 [rows], or None for zeros. column:
+    int32 [n]; value: float32 [n]. Waits for the device once, to learn n. Raises ValueError at 2³¹
+    entries. Memory: reads `products` once, and once more the rows that have an entry; writes 8
+    bytes an entry.
     """
     _contiguous(products=products, bar=bar)
     rows, columns = products.shape
@@ -96,7 +108,9 @@ def compact(products: torch.Tensor, bar: torch.Tensor | None = None,
     if limit is not None and n > limit:
         return None
     if n >= 2**31:
-        raise ValueError(f"{n:,} entries are above the bar, and positions are of 32 bits; give fewer rows at a time, or a limit")
+        raise ValueError(
+            f"{n:,} entries are above the bar, and positions are of 32 bits; give fewer rows at a time, or a limit"
+        )
     start = ends.int()
     column = torch.empty(n, dtype=torch.int32, device=products.device)
     value = torch.empty(n, dtype=torch.float32, device=products.device)
@@ -105,20 +119,30 @@ def compact(products: torch.Tensor, bar: torch.Tensor | None = None,
     return start, column, value
 
 
-def transposed(start: torch.Tensor, column: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-    """(order, start, row) of a matrix's entries in the order of its columns, rows ascending, all int32.
+def transposed(
+    start: torch.Tensor, column: torch.Tensor, shape: tuple[int, int]
+) -> tuple[torch.Tensor, ...]:
+    """(order, start, row) of a matrix's entries in the order of its columns, rows ascending, all
+    int32.
 
-    order: their positions in the given order; start: [columns + 1]; row: of each, as `order` and `column` [n]; shape: of
-    the matrix. In torch, on any device: a radix sort of n numbers of 32 bits.
+    order: their positions in the given order; start: [columns + 1]; row: of each, as `order` and
+    `column` [n]; shape: of the matrix. In torch, on any device: a radix sort of n numbers of 32
+    bits.
     """
     rows, columns = shape
     ordered, order = column.sort(stable=True)
     ends = torch.arange(columns + 1, dtype=torch.int32, device=column.device)
-    row = torch.arange(rows, dtype=torch.int32, device=column.device).repeat_interleave(start.diff(), output_size=len(column))
-    return order.int(), torch.searchsorted(ordered, ends, out_int32=True), row.index_select(0, order)
+    row = torch.arange(rows, dtype=torch.int32, device=column.device).repeat_interleave(
+        start.diff(), output_size=len(column)
+    )
+    return (
+        order.int(),
+        torch.searchsorted(ordered, ends, out_int32=True),
+        row.index_select(0, order),
+    )
 
 
-# ---- sums over entries ------------------------------------------------------------------------------------------
+# ---- sums over entries
 
 
 @jit
@@ -132,23 +156,40 @@ def _bag(start, index, weight, rows, out, width, ENTRIES: tl.constexpr, BLOCK: t
         row = tl.load(index + entry, mask=entry < last, other=0).to(tl.int64)
         factor = tl.load(weight + entry, mask=entry < last, other=0.0).to(tl.float32)
         mask = (entry < last)[:, None] & (column < width)[None, :]
-        total += factor[:, None] * tl.load(rows + row[:, None] * width + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += factor[:, None] * tl.load(
+            rows + row[:, None] * width + column[None, :], mask=mask, other=0.0
+        ).to(tl.float32)
     tl.store(out + target * width + column, tl.sum(total, 0), mask=column < width)
 
 
-def bag(start: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Σ over each bag's entries of weight · rows[index], float32 [bags, width]; zeros where a bag is empty.
+def bag(
+    start: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    """Σ over each bag's entries of weight · rows[index], float32 [bags, width]; zeros where a bag
+    is empty.
 
     start: int32 [bags + 1]; index: int32 [n]; weight: [n]; rows: float32 or bfloat16 [m, width].
-    With bags of tokens and rows of atoms it decodes; with bags of latents and rows of tokens it is the gradient of a weight.
-    Memory: reads a row an entry; writes `out` once. Programs that run together take the same columns of different bags, so
-    what they share of `rows` is a slice that a cache can hold.
+    With bags of tokens and rows of atoms it decodes; with bags of latents and rows of tokens it is
+    the gradient of a weight. Memory: reads a row an entry; writes `out` once. Programs that run
+    together take the same columns of different bags, so what they share of `rows` is a slice that a
+    cache can hold.
     """
     _contiguous(start=start, index=index, weight=weight, rows=rows)
     bags, width = len(start) - 1, rows.shape[1]
     out = torch.empty(bags, width, dtype=torch.float32, device=rows.device)
     block = _power_of_two(width, 512)
-    _launch(_bag, (bags, -(-width // block)), start, index, weight, rows, out, width, ENTRIES=ENTRIES, BLOCK=block)
+    _launch(
+        _bag,
+        (bags, -(-width // block)),
+        start,
+        index,
+        weight,
+        rows,
+        out,
+        width,
+        ENTRIES=ENTRIES,
+        BLOCK=block,
+    )
     return out
 
 
@@ -189,28 +230,58 @@ def _dots(latent, token, rows, atoms, out, n, width, ENTRIES: tl.constexpr, BLOC
     tl.store(out + entry, tl.sum(total, 1), mask=entry < n)
 
 
-def dots(latent: torch.Tensor, token: torch.Tensor, rows: torch.Tensor, atoms: torch.Tensor) -> torch.Tensor:
+def dots(
+    latent: torch.Tensor, token: torch.Tensor, rows: torch.Tensor, atoms: torch.Tensor
+) -> torch.Tensor:
     """⟨rows[token], atoms[latent]⟩ at each entry, float32 [n].
 
     latent, token: int32 [n]; rows: [batch, width]; atoms: [d_sae, width], each float32 or bfloat16.
-    Memory: reads a row an entry, and an atom for every `ENTRIES` where entries are latent by latent: those of a program are
-    neighbours, so all but the first find their atom in the nearest cache. A program per latent would save no more, and
-    would wait for the latent that is active on every token.
+    Memory: reads a row an entry, and an atom for every `ENTRIES` where entries are latent by
+    latent: those of a program are neighbours, so all but the first find their atom in the nearest
+    cache. A program per latent would save no more, and would wait for the latent that is active on
+    every token.
     """
     _contiguous(latent=latent, token=token, rows=rows, atoms=atoms)
     n, width = len(token), rows.shape[1]
     out = torch.empty(n, dtype=torch.float32, device=rows.device)
-    _launch(_dots, (-(-n // ENTRIES),), latent, token, rows, atoms, out, n, width,
-            ENTRIES=ENTRIES, BLOCK=_power_of_two(width, 512))  # fmt: skip
+    _launch(
+        _dots,
+        (-(-n // ENTRIES),),
+        latent,
+        token,
+        rows,
+        atoms,
+        out,
+        n,
+        width,
+        ENTRIES=ENTRIES,
+        BLOCK=_power_of_two(width, 512),
+    )
     return out
 
 
-# ---- the optimiser ----------------------------------------------------------------------------------------------
+# ---- the optimiser
 
 
 @jit
-def _adam(parameter, gradient, exp_avg_sq, exp_avg, size, width, rate, beta1, rest1, beta2, rest2, root2, eps,
-          FIRST_MOMENT: tl.constexpr, UNIT_NORM: tl.constexpr, BLOCK: tl.constexpr):
+def _adam(
+    parameter,
+    gradient,
+    exp_avg_sq,
+    exp_avg,
+    size,
+    width,
+    rate,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    root2,
+    eps,
+    FIRST_MOMENT: tl.constexpr,
+    UNIT_NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     column = tl.arange(0, BLOCK)
     place = tl.program_id(0).to(tl.int64) * width + column
     mask = (column < width) & (place < size)
@@ -218,7 +289,9 @@ def _adam(parameter, gradient, exp_avg_sq, exp_avg, size, width, rate, beta1, re
     g = tl.load(gradient + place, mask=mask, other=0.0)
     if UNIT_NORM:
         g -= tl.sum(g * p, 0) * p
-    v = beta2 * tl.load(exp_avg_sq + place, mask=mask, other=1.0) + rest2 * g * g  # 1: beyond the row, no 0/0 where eps is 0
+    v = (
+        beta2 * tl.load(exp_avg_sq + place, mask=mask, other=1.0) + rest2 * g * g
+    )  # 1: beyond the row, no 0/0 where eps is 0
     tl.store(exp_avg_sq + place, v, mask=mask)
     m = g
     if FIRST_MOMENT:
@@ -230,34 +303,64 @@ def _adam(parameter, gradient, exp_avg_sq, exp_avg, size, width, rate, beta1, re
     tl.store(parameter + place, p, mask=mask)
 
 
-def adam(parameter: torch.Tensor, gradient: torch.Tensor, exp_avg_sq: torch.Tensor, exp_avg: torch.Tensor | None, lr: float,
-         betas: tuple[float, float], eps: float, steps: int, unit_norm: bool = False) -> None:
-    """One update of Adam in place, as :meth:`jumprelu.optim.Adam.step` makes it; the gradient is only read.
+def adam(
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    exp_avg: torch.Tensor | None,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    steps: int,
+    unit_norm: bool = False,
+) -> None:
+    """One update of Adam in place, as :meth:`jumprelu.optim.Adam.step` makes it; the gradient is
+    only read.
 
-    All tensors: float32, of one shape; exp_avg: None stands for the gradient itself, for β₁ = 0; steps: counts this one.
-    unit_norm: the parameter is [rows, width], width ≤ `WIDEST`: the gradient's part along each row is removed before the
-    update and the row brought back to norm 1 after it. Raises ValueError if it is not.
-    Memory: reads parameter, gradient and moments once, writes parameter and moments once: 20 bytes an element, 28 with a
-    first moment.
+    All tensors: float32, of one shape; exp_avg: None stands for the gradient itself, for β₁ = 0;
+    steps: counts this one. unit_norm: the parameter is [rows, width], width ≤ `WIDEST`: the
+    gradient's part along each row is removed before the update and the row brought back to norm 1
+    after it. Raises ValueError if it is not. Memory: reads parameter, gradient and moments once,
+    writes parameter and moments once: 20 bytes an element, 28 with a first moment.
     """
     _contiguous(parameter=parameter, gradient=gradient, exp_avg_sq=exp_avg_sq, exp_avg=exp_avg)
     size, width = parameter.numel(), 1024
     if unit_norm:
         if parameter.ndim != 2 or parameter.shape[1] > WIDEST:
-            raise ValueError(f"unit_norm: rows of a matrix of at most {WIDEST} columns can be kept at norm 1; got a tensor of "
-                             f"shape {tuple(parameter.shape)}")  # fmt: skip
+            raise ValueError(
+                f"unit_norm: rows of a matrix of at most {WIDEST} columns can be kept at norm 1; got a tensor of "
+                f"shape {tuple(parameter.shape)}"
+            )
         width = parameter.shape[1]
     block = _power_of_two(width, WIDEST)
     grid = (-(-size // max(1, width)),)
-    # bias corrections, and what beta leaves of 1, in double precision: in float32, 1 − 0.999 is off by a hundred-thousandth
+    # bias corrections, and what beta leaves of 1, in double precision: in float32, 1 − 0.999 is off
+    # by a hundred-thousandth
     rate, root2 = lr / (1 - betas[0] ** steps), (1 - betas[1] ** steps) ** 0.5
-    _launch(_adam, grid, parameter, gradient, exp_avg_sq, gradient if exp_avg is None else exp_avg, size, width,
-            rate, betas[0], 1 - betas[0], betas[1], 1 - betas[1], root2, eps,
-            FIRST_MOMENT=exp_avg is not None, UNIT_NORM=unit_norm, BLOCK=block,
-            num_warps=min(32, max(4, block // 512)))  # fmt: skip
+    _launch(
+        _adam,
+        grid,
+        parameter,
+        gradient,
+        exp_avg_sq,
+        gradient if exp_avg is None else exp_avg,
+        size,
+        width,
+        rate,
+        betas[0],
+        1 - betas[0],
+        betas[1],
+        1 - betas[1],
+        root2,
+        eps,
+        FIRST_MOMENT=exp_avg is not None,
+        UNIT_NORM=unit_norm,
+        BLOCK=block,
+        num_warps=min(32, max(4, block // 512)),
+    )
 
 
-# ---- what all of them need ----------------------------------------------------------------------------------------
+# ---- what all of them need
 
 
 def _power_of_two(size: int, largest: int) -> int:
@@ -268,12 +371,15 @@ def _power_of_two(size: int, largest: int) -> int:
 def _contiguous(**tensors: torch.Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name}: of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous in memory, "
-                             "which the kernels need; give its transpose or .contiguous()")  # fmt: skip
+            raise ValueError(
+                f"{name}: of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous in memory, "
+                "which the kernels need; give its transpose or .contiguous()"
+            )
 
 
 def _launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Run `kernel` on the device of its first argument, which need not be the current one; nothing for an empty grid."""
+    """Run `kernel` on the device of its first argument, which need not be the current one; nothing
+    for an empty grid."""
     if 0 not in grid:
         with torch.cuda.device_of(arguments[0]):
             kernel[grid](*arguments, **options)

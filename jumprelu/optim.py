@@ -1,10 +1,13 @@
-"""Adam as SAEs need it: no first moment where β₁ = 0, and atoms kept at norm 1 in the same pass over memory.
+"""Adam as SAEs need it: no first moment where β₁ = 0, and atoms kept at norm 1 in the same pass
+over memory.
 
 Notable here:
-- at β₁ = 0 the first moment *is* the gradient, so the gradient's own memory stands in for it: half of the state is gone, and
-  the update is that of `torch.optim.Adam(fused=True)`, on a CPU bit for bit.
-- a matrix is taken a block of rows at a time, small enough for a cache: projection of the gradient, Adam and
-  renormalisation of the atoms are done before the next block is fetched. On a GPU with Triton they are one kernel.
+- at β₁ = 0 the first moment *is* the gradient, so the gradient's own memory stands in for it: half
+  of the state is gone, and the update is that of `torch.optim.Adam(fused=True)`, on a CPU bit for
+  bit.
+- a matrix is taken a block of rows at a time, small enough for a cache: projection of the gradient,
+  Adam and renormalisation of the atoms are done before the next block is fetched. On a GPU with
+  Triton they are one kernel.
 """
 
 from __future__ import annotations
@@ -20,21 +23,30 @@ BLOCK = 2**17
 class Adam:
     """Adam (Kingma & Ba 2015) over named parameters.
 
-    betas, eps: as in torch.optim.Adam. unit_norm: names of matrices whose rows have norm 1: the part of the gradient parallel
-    to a row is removed before the update and the row brought back to norm 1 after it, in place, as Gemma Scope trains.
+    betas, eps: as in torch.optim.Adam. unit_norm: names of matrices whose rows have norm 1: the
+    part of the gradient parallel to a row is removed before the update and the row brought back to
+    norm 1 after it, in place, as Gemma Scope trains.
     """
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], betas: tuple[float, float], eps: float = 1e-8,
-                 unit_norm: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        betas: tuple[float, float],
+        eps: float = 1e-8,
+        unit_norm: tuple[str, ...] = (),
+    ):
         self.parameters, self.betas, self.eps, self.unit_norm = parameters, betas, eps, unit_norm
         kept = ("exp_avg_sq",) if betas[0] == 0 else ("exp_avg_sq", "exp_avg")
-        self.moments = {name: {key: torch.zeros_like(p) for key in kept} for name, p in parameters.items()}
+        self.moments = {
+            name: {key: torch.zeros_like(p) for key in kept} for name, p in parameters.items()
+        }
         """For each parameter exp_avg_sq, and exp_avg if β₁ > 0; shaped as the parameter."""
         self.steps = 0
 
     @torch.no_grad()
     def step(self, lr: dict[str, float]) -> None:
-        """One update from the parameters' gradients, which it consumes; lr: learning rate of each parameter by name."""
+        """One update from the parameters' gradients, which it consumes; lr: learning rate of each
+        parameter by name."""
         self.steps += 1
         for name, parameter in self.parameters.items():
             gradient, parameter.grad = parameter.grad, None
@@ -42,12 +54,25 @@ class Adam:
                 continue
             moments = self.moments[name]
             tensors = [parameter, gradient, moments["exp_avg_sq"], moments.get("exp_avg", gradient)]
-            if parameter.ndim == 2 and parameter.stride(0) < parameter.stride(1):  # W_enc: in memory it is latent by latent
+            if parameter.ndim == 2 and parameter.stride(0) < parameter.stride(
+                1
+            ):  # W_enc: in memory it is latent by latent
                 tensors = [tensor.T for tensor in tensors]
-            if kernels.serves(parameter) and (name not in self.unit_norm or tensors[0].shape[-1] <= kernels.WIDEST):
+            if kernels.serves(parameter) and (
+                name not in self.unit_norm or tensors[0].shape[-1] <= kernels.WIDEST
+            ):
                 first = tensors[3] if "exp_avg" in moments else None
-                kernels.adam(tensors[0], tensors[1].contiguous(), tensors[2], first, lr[name], self.betas, self.eps, self.steps,
-                             name in self.unit_norm)  # fmt: skip
+                kernels.adam(
+                    tensors[0],
+                    tensors[1].contiguous(),
+                    tensors[2],
+                    first,
+                    lr[name],
+                    self.betas,
+                    self.eps,
+                    self.steps,
+                    name in self.unit_norm,
+                )
                 continue
             on_cpu = parameter.device.type == "cpu"
             rows = max(1, BLOCK // tensors[0][0].numel()) if on_cpu else len(tensors[0])
@@ -55,10 +80,25 @@ class Adam:
             for block in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
                 self._update(*block, step, lr[name], name in self.unit_norm)
 
-    def _update(self, parameter, gradient, exp_avg_sq, exp_avg, step, lr: float, unit_norm: bool) -> None:
+    def _update(
+        self, parameter, gradient, exp_avg_sq, exp_avg, step, lr: float, unit_norm: bool
+    ) -> None:
         if unit_norm:
             gradient.addcmul_(parameter, (gradient * parameter).sum(-1, keepdim=True), value=-1)
-        torch._fused_adam_([parameter], [gradient], [exp_avg], [exp_avg_sq], [], [step], lr=lr, beta1=self.betas[0],
-                           beta2=self.betas[1], weight_decay=0.0, eps=self.eps, amsgrad=False, maximize=False)  # fmt: skip
+        torch._fused_adam_(
+            [parameter],
+            [gradient],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [step],
+            lr=lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=0.0,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )
         if unit_norm:
             parameter.div_(torch.linalg.vector_norm(parameter, dim=-1, keepdim=True))

@@ -2,10 +2,11 @@
 
     π(x) = x W_enc + b_enc        f(x) = π ⊙ H(π − θ)₊        x̂ = f W_dec + b_dec
 
-Every architecture of this package ends in this form: ReLU has θ = 0; Gated, whose encoders are tied, is a JumpReLU
-(the derivation is in `Trainee.fold`); BatchTopK has one threshold for all latents; TopK keeps `k` besides.
-The input scale of training is folded into the arrays and kept only as a number, so nothing has to be
-normalised to use a saved SAE. Atoms (rows of W_dec) have norm 1 in SAEs trained here, and nearly so in released ones.
+Every architecture of this package ends in this form: ReLU has θ = 0; Gated, whose encoders are
+tied, is a JumpReLU (the derivation is in `Trainee.fold`); BatchTopK has one threshold for all
+latents; TopK keeps `k` besides. The input scale of training is folded into the arrays and kept only
+as a number, so nothing has to be normalised to use a saved SAE. Atoms (rows of W_dec) have norm 1
+in SAEs trained here, and nearly so in released ones.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Origin(NamedTuple):
     layer: int | None = None
     architecture: str = "jumprelu"
     input_scale: float = 1.0
-    """√E‖x‖² of the training activations (a transcoder's: of what it predicts): θ/input_scale and f/input_scale are in the
-    paper's units."""
+    """√E‖x‖² of the training activations (a transcoder's: of what it predicts): θ/input_scale and
+    f/input_scale are in the paper's units."""
     training: dict[str, Any] | None = None
     """The TrainConfig, as a dictionary; of a released SAE, {"released_as": its path}."""
 
@@ -41,25 +42,50 @@ class Origin(NamedTuple):
 class SAE(torch.nn.Module):
     """A trained sparse autoencoder.
 
-    W_enc: [d_in, d_sae]; b_enc: [d_sae]; W_dec: [d_sae, d_in]; b_dec: [d_in]; threshold: [d_sae], θ ≥ 0, always
-    float32 whatever the rest is cast to (bf16 would round small differences away). k: for TopK, the number of latents kept.
+    W_enc: [d_in, d_sae]; b_enc: [d_sae]; W_dec: [d_sae, d_in]; b_dec: [d_in]; threshold: [d_sae], θ
+    ≥ 0, always float32 whatever the rest is cast to (bf16 would round small differences away). k:
+    for TopK, the number of latents kept.
 
     Raises ValueError when the shapes do not belong together.
     """
 
-    def __init__(self, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor, b_dec: torch.Tensor,
-                 threshold: torch.Tensor, k: int | None = None, origin: Origin = Origin()):  # noqa: B008 (immutable)
+    def __init__(
+        self,
+        W_enc: torch.Tensor,
+        b_enc: torch.Tensor,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor,
+        threshold: torch.Tensor,
+        k: int | None = None,
+        origin: Origin = Origin(),
+    ):  # noqa: B008 (immutable)
         super().__init__()
         d_in, d_sae = W_enc.shape
-        given = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "threshold": threshold}
-        expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,), "threshold": (d_sae,)}
+        given = {
+            "W_enc": W_enc,
+            "b_enc": b_enc,
+            "W_dec": W_dec,
+            "b_dec": b_dec,
+            "threshold": threshold,
+        }
+        expected = {
+            "W_enc": (d_in, d_sae),
+            "b_enc": (d_sae,),
+            "W_dec": (d_sae, d_in),
+            "b_dec": (d_in,),
+            "threshold": (d_sae,),
+        }
         for name, shape in expected.items():
             if tuple(given[name].shape) != shape:
-                raise ValueError(f"{name} has shape {tuple(given[name].shape)}, expected {shape} to go with W_enc [d_in, d_sae] "
-                                 f"= {(d_in, d_sae)}")
+                raise ValueError(
+                    f"{name} has shape {tuple(given[name].shape)}, expected {shape} to go with W_enc [d_in, d_sae] "
+                    f"= {(d_in, d_sae)}"
+                )
         for name, tensor in given.items():
             self.register_parameter(name, torch.nn.Parameter(tensor.detach().clone()))
-        self.W_enc.data = self.W_enc.data.T.contiguous().T  # in memory latent by latent, as W_dec is
+        self.W_enc.data = (
+            self.W_enc.data.T.contiguous().T
+        )  # in memory latent by latent, as W_dec is
         self.threshold.data = self.threshold.data.float()
         self.k, self.origin = k, origin
 
@@ -93,27 +119,41 @@ class SAE(torch.nn.Module):
     @property
     def fingerprint(self) -> str:
         """Digest of the weights and their origin."""
-        return digest(type(self).__name__, tensor_digest(dict(self.named_parameters())), self.k, self.origin._asdict())
+        return digest(
+            type(self).__name__,
+            tensor_digest(dict(self.named_parameters())),
+            self.k,
+            self.origin._asdict(),
+        )
 
     def preactivations(self, x: torch.Tensor) -> torch.Tensor:
-        """π(x), shape [..., d_sae], in raw units; x: raw activations [..., d_in]. ValueError for another width."""
+        """π(x), shape [..., d_sae], in raw units; x: raw activations [..., d_in]. ValueError for
+        another width."""
         self._check_width(x)
         return x @ self.W_enc + self.b_enc
 
     def _check_width(self, x: torch.Tensor) -> None:
         if x.shape[-1] != self.d_in:
-            where = f" (it was trained on {self.origin.site} of layer {self.origin.layer})" if self.origin.site else ""
-            raise ValueError(f"activations have width {x.shape[-1]}, this SAE expects d_in = {self.d_in}{where}")
+            where = (
+                f" (it was trained on {self.origin.site} of layer {self.origin.layer})"
+                if self.origin.site
+                else ""
+            )
+            raise ValueError(
+                f"activations have width {x.shape[-1]}, this SAE expects d_in = {self.d_in}{where}"
+            )
 
     def encode(self, x: torch.Tensor, sparse: bool = False) -> torch.Tensor:
         """f(x) ≥ 0, shape [..., d_sae]; x: raw activations [..., d_in].
 
-        sparse: return a sparse COO tensor, coalesced, without a gradient; x is [tokens, d_in] then, else ValueError. On a CPU,
-        and on a GPU with Triton, the dense matrix is never formed.
+        sparse: return a sparse COO tensor, coalesced, without a gradient; x is [tokens, d_in] then,
+        else ValueError. On a CPU, and on a GPU with Triton, the dense matrix is never formed.
         """
         if sparse:
             if x.ndim != 2:
-                raise ValueError(f"sparse encoding takes x of shape [tokens, d_in], got {tuple(x.shape)}: use x.flatten(0, -2)")
+                raise ValueError(
+                    f"sparse encoding takes x of shape [tokens, d_in], got {tuple(x.shape)}: use x.flatten(0, -2)"
+                )
             with torch.no_grad():
                 support = self._support(x, limit=1.0)
                 return self.encode(x).to_sparse() if support is None else _as_coo(support)
@@ -125,17 +165,31 @@ class SAE(torch.nn.Module):
         return torch.zeros_like(acts).scatter(-1, index, values)
 
     def decode(self, acts: torch.Tensor) -> torch.Tensor:
-        """x̂, shape [..., d_in]; acts: [..., d_sae], or the sparse tensor that :meth:`encode` gives."""
+        """x̂, shape [..., d_in]; acts: [..., d_sae], or the sparse tensor that :meth:`encode`
+        gives."""
         if not acts.is_sparse:
             return acts @ self.W_dec + self.b_dec
         (token, latent), values = acts.indices(), acts.values()
         start = torch.searchsorted(token, torch.arange(len(acts) + 1, device=token.device))
-        return torch.nn.functional.embedding_bag(latent, self.W_dec, start, mode="sum", include_last_offset=True,
-                                                 per_sample_weights=values.to(self.W_dec.dtype)) + self.b_dec  # fmt: skip
+        return (
+            torch.nn.functional.embedding_bag(
+                latent,
+                self.W_dec,
+                start,
+                mode="sum",
+                include_last_offset=True,
+                per_sample_weights=values.to(self.W_dec.dtype),
+            )
+            + self.b_dec
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x̂(x), raw activations to raw reconstruction, [..., d_in]."""
-        support = None if torch.is_grad_enabled() else self._support(x.reshape(-1, x.shape[-1]), sparse.DENSE_ABOVE)
+        support = (
+            None
+            if torch.is_grad_enabled()
+            else self._support(x.reshape(-1, x.shape[-1]), sparse.DENSE_ABOVE)
+        )
         if support is None:
             return self.decode(self.encode(x))
         return (support.decode(support.pre, self.W_dec) + self.b_dec).view(x.shape)
@@ -143,19 +197,37 @@ class SAE(torch.nn.Module):
     def _support(self, x: torch.Tensor, limit: float) -> sparse.Support | None:
         """What is active on x: [tokens, d_in]; None where dense arithmetic is used instead."""
         self._check_width(x)
-        if not sparse.usable(x) or x.dtype != torch.float32 or self.W_enc.dtype != torch.float32 or not len(x):
+        if (
+            not sparse.usable(x)
+            or x.dtype != torch.float32
+            or self.W_enc.dtype != torch.float32
+            or not len(x)
+        ):
             return None
         if self.k is None:
-            return sparse.screen(x, self.W_enc, self.b_enc, self.threshold, sparse.fast_dtype(x.device), limit)
+            return sparse.screen(
+                x, self.W_enc, self.b_enc, self.threshold, sparse.fast_dtype(x.device), limit
+            )
         support = sparse.largest(x, self.W_enc, self.b_enc, self.k)
         return support.take((support.pre > support.at(self.threshold)).nonzero().squeeze(-1))
 
     def save(self, folder: str | Path) -> Path:
-        """Write `sae.safetensors` and `cfg.json` to `folder`, each whole or not at all; returns the folder."""
+        """Write `sae.safetensors` and `cfg.json` to `folder`, each whole or not at all; returns the
+        folder."""
         folder = Path(folder)
         write_tensors(folder / WEIGHTS, dict(self.named_parameters()))
-        write_json(folder / CONFIG, {"format": FORMAT, "kind": type(self).__name__, "d_in": self.d_in, "d_sae": self.d_sae,
-                                     "k": self.k, "sha256": sha256(folder / WEIGHTS), **self.origin._asdict()})  # fmt: skip
+        write_json(
+            folder / CONFIG,
+            {
+                "format": FORMAT,
+                "kind": type(self).__name__,
+                "d_in": self.d_in,
+                "d_sae": self.d_sae,
+                "k": self.k,
+                "sha256": sha256(folder / WEIGHTS),
+                **self.origin._asdict(),
+            },
+        )
         return folder
 
     def extra_repr(self) -> str:
@@ -164,21 +236,35 @@ class SAE(torch.nn.Module):
 
 
 class Transcoder(SAE):
-    """Predicts an MLP's output from its input with sparse latents; the arrays of an SAE, and perhaps a skip connection.
+    """Predicts an MLP's output from its input with sparse latents; the arrays of an SAE, and
+    perhaps a skip connection.
 
         ŷ = f(x) W_dec + b_dec + x W_skip
 
-    W_skip: [d_in, d_in], or None. `encode` and `decode` are those of :class:`SAE`; `decode` cannot add the skip connection,
-    `forward` does. Raises ValueError when the shapes do not belong together.
+    W_skip: [d_in, d_in], or None. `encode` and `decode` are those of :class:`SAE`; `decode` cannot
+    add the skip connection, `forward` does. Raises ValueError when the shapes do not belong
+    together.
     """
 
-    def __init__(self, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor, b_dec: torch.Tensor,
-                 threshold: torch.Tensor, W_skip: torch.Tensor | None = None, k: int | None = None,
-                 origin: Origin = Origin()):  # noqa: B008
+    def __init__(
+        self,
+        W_enc: torch.Tensor,
+        b_enc: torch.Tensor,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor,
+        threshold: torch.Tensor,
+        W_skip: torch.Tensor | None = None,
+        k: int | None = None,
+        origin: Origin = Origin(),
+    ):  # noqa: B008
         super().__init__(W_enc, b_enc, W_dec, b_dec, threshold, k, origin)
         if W_skip is not None and tuple(W_skip.shape) != (self.d_in, self.d_in):
-            raise ValueError(f"W_skip has shape {tuple(W_skip.shape)}, expected [d_in, d_in] = {(self.d_in, self.d_in)}")
-        self.register_parameter("W_skip", None if W_skip is None else torch.nn.Parameter(W_skip.detach().clone()))
+            raise ValueError(
+                f"W_skip has shape {tuple(W_skip.shape)}, expected [d_in, d_in] = {(self.d_in, self.d_in)}"
+            )
+        self.register_parameter(
+            "W_skip", None if W_skip is None else torch.nn.Parameter(W_skip.detach().clone())
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """ŷ, [..., d_in], of the MLP input x: [..., d_in]."""
@@ -189,7 +275,9 @@ class Transcoder(SAE):
 def check_autoencoder(sae: object) -> None:
     """Raise ValueError for a transcoder, where x̂ stands for x itself."""
     if isinstance(sae, Transcoder):
-        raise ValueError("this is a transcoder, whose output is not its input: expected an SAE. jumprelu.evaluate takes both")
+        raise ValueError(
+            "this is a transcoder, whose output is not its input: expected an SAE. jumprelu.evaluate takes both"
+        )
 
 
 KINDS = {kind.__name__: kind for kind in (SAE, Transcoder)}
@@ -199,37 +287,61 @@ def _as_coo(support: sparse.Support) -> torch.Tensor:
     order, start, latent = support.by_token
     token = torch.arange(support.shape[0], device=start.device).repeat_interleave(start.diff())
     index = torch.stack([token, latent.long()])
-    return torch.sparse_coo_tensor(index, support.pre.index_select(0, order), support.shape, is_coalesced=True,
-                                   check_invariants=False)  # fmt: skip
+    return torch.sparse_coo_tensor(
+        index,
+        support.pre.index_select(0, order),
+        support.shape,
+        is_coalesced=True,
+        check_invariants=False,
+    )
 
 
-def load_sae(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SAE:
+def load_sae(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> SAE:
     """Read an SAE that :meth:`SAE.save` wrote.
 
-    Raises FileNotFoundError where there is none, ValueError for a pickle (never opened), a file that was cut off,
-    or weights and configuration that are not of one save.
+    Raises FileNotFoundError where there is none, ValueError for a pickle (never opened), a file
+    that was cut off, or weights and configuration that are not of one save.
     """
     folder = Path(folder)
     if folder.is_file() and folder.suffix in {".pt", ".pth", ".bin", ".pkl", ".pickle"}:
-        raise ValueError(f"{folder} is a pickle, which can run code when it is opened: refused. Expected a folder with "
-                         f"{WEIGHTS} and {CONFIG}; convert the file where it came from")
+        raise ValueError(
+            f"{folder} is a pickle, which can run code when it is opened: refused. Expected a folder with "
+            f"{WEIGHTS} and {CONFIG}; convert the file where it came from"
+        )
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
     if missing:
         found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
-        raise FileNotFoundError(f"no SAE in {folder}: expected {' and '.join(missing)}, found {found}")
+        raise FileNotFoundError(
+            f"no SAE in {folder}: expected {' and '.join(missing)}, found {found}"
+        )
     config = read_json(folder / CONFIG)
     if config.get("format") != FORMAT:
-        raise ValueError(f"{folder / CONFIG} has format {config.get('format')!r}, this version reads {FORMAT}: save the SAE "
-                         "again with a matching version")
+        raise ValueError(
+            f"{folder / CONFIG} has format {config.get('format')!r}, this version reads {FORMAT}: save the SAE "
+            "again with a matching version"
+        )
     try:
         tensors = load_file(folder / WEIGHTS, device=str(device))
     except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged or cut off ({error}): copy or save it again") from error
+        raise ValueError(
+            f"{folder / WEIGHTS} is damaged or cut off ({error}): copy or save it again"
+        ) from error
     if sha256(folder / WEIGHTS) != config["sha256"]:
-        raise ValueError(f"{folder / WEIGHTS} is not the file that {CONFIG} was written with: copy or save both again")
+        raise ValueError(
+            f"{folder / WEIGHTS} is not the file that {CONFIG} was written with: copy or save both again"
+        )
     origin = Origin(**{name: config[name] for name in Origin._fields})
     threshold = tensors.pop("threshold")
     kind = KINDS.get(config.get("kind", SAE.__name__))
     if kind is None:
-        raise ValueError(f"{folder / CONFIG} is of kind {config['kind']!r}, this version reads {', '.join(KINDS)}")
-    return kind(**{name: tensor.to(dtype) for name, tensor in tensors.items()}, threshold=threshold, k=config["k"], origin=origin)
+        raise ValueError(
+            f"{folder / CONFIG} is of kind {config['kind']!r}, this version reads {', '.join(KINDS)}"
+        )
+    return kind(
+        **{name: tensor.to(dtype) for name, tensor in tensors.items()},
+        threshold=threshold,
+        k=config["k"],
+        origin=origin,
+    )

@@ -14,22 +14,25 @@
 # %% [markdown]
 # # The subject: a small Gemma 2 trained on your own Python installation
 #
-# Every sparse autoencoder of this companion reads the activations of one language model, and a claim about an
-# autoencoder is worth no more than the model below it. Gemma Scope's subject is Gemma 2. Here it is a model of the
-# same architecture, small enough to come with the repository, trained from scratch on text that every installation
-# has: the sources and documents of the standard library and of the packages that this project installs.
+# Every sparse autoencoder of this companion reads the activations of one language model, and a
+# claim about an autoencoder is worth no more than the model below it. Gemma Scope's subject is
+# Gemma 2. Here it is a model of the same architecture, small enough to come with the repository,
+# trained from scratch on text that every installation has: the sources and documents of the
+# standard library and of the packages that this project installs.
 #
-# Is it a language model worth dissecting? Asked here: is the architecture what the configuration says, what was it
-# trained on, how well does it predict text it has not seen (next to compressors and n-grams on the same bytes),
-# what does it write, does it copy from its context, and do the three sites where autoencoders will read carry
-# what they should?
+# Is it a language model worth dissecting? Asked here: is the architecture what the configuration
+# says, what was it trained on, how well does it predict text it has not seen (next to compressors
+# and n-grams on the same bytes), what does it write, does it copy from its context, and do the
+# three sites where autoencoders will read carry what they should?
 
 # %%
 import pandas as pd
 import torch
+from companion.rails.cache import remember
+from companion.rails.figures import save_figure, show_facts
+from companion.subject import language, plots
 
 import jumprelu as jr
-from jumprelu import language, plots
 
 # %% tags=["parameters"]
 model: str = ""  # empty: the embedded model; otherwise a hub id or a folder
@@ -57,22 +60,25 @@ lm
 # %% [markdown]
 # ## The model
 #
-# Gemma 2 (Gemma Team 2024, arXiv 2408.00118) has grouped-query attention, layers that alternate between a sliding
-# window and the whole context, soft-capped attention scores and logits, RMS norms before and after each block's two
-# halves, GeGLU, and one matrix for embedding and unembedding.
+# Gemma 2 (Gemma Team 2024, arXiv 2408.00118) has grouped-query attention, layers that alternate
+# between a sliding window and the whole context, soft-capped attention scores and logits, RMS norms
+# before and after each block's two halves, GeGLU, and one matrix for embedding and unembedding.
 
 # %%
 language.config_table(lm)
 
 # %%
 parameters = language.parameter_table(lm)
-print(f"{parameters.parameters.sum():,} parameters, {language.weights_megabytes(lm):.1f} MB of weights")
+print(
+    f"{parameters.parameters.sum():,} parameters, {language.weights_megabytes(lm):.1f} MB of weights"
+)
 parameters.round(3)
 
 # %% [markdown]
-# A configuration is a claim. The next table measures the loaded object: a token early in a row is changed, and the
-# positions that feel it are counted, so a sliding layer has to stop at its window; the logits are compared with the
-# capped product of the last hidden state and the unembedding; heads, norms and tying are read from the weights.
+# A configuration is a claim. The next table measures the loaded object: a token early in a row is
+# changed, and the positions that feel it are counted, so a sliding layer has to stop at its window;
+# the logits are compared with the capped product of the last hidden state and the unembedding;
+# heads, norms and tying are read from the weights.
 
 # %%
 checks = language.configuration_checks(lm, context_size)
@@ -81,9 +87,10 @@ checks
 # %% [markdown]
 # ## The text
 #
-# Documents are deduplicated by content and then divided *by document*, by a hash of the path, so no test document
-# has a copy in the training split. Relatives remain (files of one package share headers and habits), as for any
-# corpus of code. The fingerprint tells whether the text on this machine is the text of the published numbers.
+# Documents are deduplicated by content and then divided *by document*, by a hash of the path, so no
+# test document has a copy in the training split. Relatives remain (files of one package share
+# headers and habits), as for any corpus of code. The fingerprint tells whether the text on this
+# machine is the text of the published numbers.
 
 # %% tags=["nbval-ignore-output"]
 corpus = language.corpus_table(dataset)
@@ -93,35 +100,40 @@ language.corpus_summary(corpus)
 # %% [markdown]
 # ## Training
 #
-# One pass over the training rows: none is seen twice, so the training loss is itself nearly held out. The schedule
-# is a short rise, a plateau, and a linear fall to zero; the weights are those of the end.
+# One pass over the training rows: none is seen twice, so the training loss is itself nearly held
+# out. The schedule is a short rise, a plateau, and a linear fall to zero; the weights are those of
+# the end.
 
 # %%
 log = language.training_log(lm)
-jr.save_figure(plots.lm_training(log), "00_lm_training", log)
+save_figure("00", plots.lm_training, log)
 
 # %% [markdown]
 # ## Bits per byte
 #
-# A language model is a compressor: a text costs −log₂ p bits. The model reads rows of `context_size` tokens, each
-# afresh from BOS, and is charged for every token after the first. All others get exactly the same bytes: documents
-# of the test split from their beginning, the longest cut short, joined. xz, bz2 and zlib look back over everything
-# before, not over one row only; a second xz reads training text first, and is charged for what the test text adds.
-# The 5-grams (interpolated modified Kneser-Ney, of tokens and of bytes) learn from the training split and see the
-# same rows as the model.
+# A language model is a compressor: a text costs −log₂ p bits. The model reads rows of
+# `context_size` tokens, each afresh from BOS, and is charged for every token after the first. All
+# others get exactly the same bytes: documents of the test split from their beginning, the longest
+# cut short, joined. xz, bz2 and zlib look back over everything before, not over one row only; a
+# second xz reads training text first, and is charged for what the test text adds. The 5-grams
+# (interpolated modified Kneser-Ney, of tokens and of bytes) learn from the training split and see
+# the same rows as the model.
 #
-# What this comparison is not: the model's weights are not counted in its bits, and it was trained on more text than
-# the n-grams or the primed xz are given here.
+# What this comparison is not: the model's weights are not counted in its bits, and it was trained
+# on more text than the n-grams or the primed xz are given here.
 
 # %%
 test, train = language.splits(lm, dataset, context_size, test_rows, train_rows, seed=seed)
-bits = jr.remember(language.bits_per_byte, lm, test, train, order=order, prime_bytes=prime_bytes, groups=groups)
-jr.save_figure(plots.bits_per_byte(bits), "00_bits_per_byte", bits)
+bits = remember(
+    language.bits_per_byte, lm, test, train, order=order, prime_bytes=prime_bytes, groups=groups
+)
+save_figure("00", plots.bits_per_byte, bits)
 
 # %% [markdown]
-# Intervals are of the sample of documents. They are wide, because documents differ, but all methods have the same
-# documents: the paired difference of each method to the model is known better than either. The last column is the
-# lower end of its interval; above 0 the model is better than that method beyond the sampling of documents.
+# Intervals are of the sample of documents. They are wide, because documents differ, but all methods
+# have the same documents: the paired difference of each method to the model is known better than
+# either. The last column is the lower end of its interval; above 0 the model is better than that
+# method beyond the sampling of documents.
 
 # %%
 ours = bits[bits.kind == "language model"].iloc[0]
@@ -140,64 +152,72 @@ for text in language.samples(lm, new_tokens=sample_tokens, seed=seed):
 # %% [markdown]
 # ## Does it copy?
 #
-# Random tokens cannot be predicted, except where a sequence comes a second time: a model with induction heads
-# (Olsson et al. 2022, arXiv 2209.11895) finds the last occurrence of the present token and expects what followed it.
-# The loss is measured on rows `BOS r r`. On the first `r` it may be worse than the uniform distribution's log of the
-# vocabulary, because the model expects text; the second tells whether attention carries content over a distance.
+# Random tokens cannot be predicted, except where a sequence comes a second time: a model with
+# induction heads (Olsson et al. 2022, arXiv 2209.11895) finds the last occurrence of the present
+# token and expects what followed it. The loss is measured on rows `BOS r r`. On the first `r` it
+# may be worse than the uniform distribution's log of the vocabulary, because the model expects
+# text; the second tells whether attention carries content over a distance.
 
 # %%
-losses = jr.remember(language.repeated_losses, lm, induction_rows, induction_length, seed)
+losses = remember(language.repeated_losses, lm, induction_rows, induction_length, seed)
 first, second, fall = language.induction_fall(losses)
 curve = language.induction(losses)
-jr.save_figure(plots.induction(curve), "00_induction", curve)
+save_figure("00", plots.induction, curve)
 
 # %% [markdown]
 # ## The three sites
 #
-# Autoencoders will read the residual stream after a block (`resid_post`), what the MLP adds to it (`mlp_out`, in
-# Gemma 2 after the norm that follows the MLP) and the attention heads before their output projection (`attn_out`).
-# If the hooks sit in the right places, a block's change of the residual stream is what attention adds, computed here
-# from `attn_out` with the model's own weights, plus `mlp_out`, and nothing but rounding is left over.
+# Autoencoders will read the residual stream after a block (`resid_post`), what the MLP adds to it
+# (`mlp_out`, in Gemma 2 after the norm that follows the MLP) and the attention heads before their
+# output projection (`attn_out`). If the hooks sit in the right places, a block's change of the
+# residual stream is what attention adds, computed here from `attn_out` with the model's own
+# weights, plus `mlp_out`, and nothing but rounding is left over.
 
 # %%
 identity = language.residual_identity(lm, test.ids[:4])
 adds_up = bool((identity.error < 3 * identity.rounding).all())
-print(f"left over of the change, largest of {len(identity)} blocks: {identity.error.max():.0e}; only rounding: {adds_up}")
+print(
+    f"left over of the change, largest of {len(identity)} blocks: {identity.error.max():.0e}; only rounding: {adds_up}"
+)
 
 # %% [markdown]
-# Three numbers of each site matter for training on it. E‖x‖² sets the unit of thresholds and bandwidths, which is
-# why it is scaled to 1. The share of the mean is what a decoder bias explains alone; fractions of variance
-# unexplained in this companion are therefore about the mean. And positions that hold BOS may be of another size
-# altogether (attention sinks; Xiao et al. 2023, arXiv 2309.17453), which is why they are never trained on.
+# Three numbers of each site matter for training on it. E‖x‖² sets the unit of thresholds and
+# bandwidths, which is why it is scaled to 1. The share of the mean is what a decoder bias explains
+# alone; fractions of variance unexplained in this companion are therefore about the mean. And
+# positions that hold BOS may be of another size altogether (attention sinks; Xiao et al. 2023,
+# arXiv 2309.17453), which is why they are never trained on.
 
 # %%
-scale = jr.remember(language.site_statistics, lm, test[:site_rows])
-jr.save_figure(plots.sites(scale), "00_sites", scale)
+scale = remember(language.site_statistics, lm, test[:site_rows])
+save_figure("00", plots.sites, scale)
 
 # %% [markdown]
 # ## Facts
 #
-# Rounded below what differs between machines. The goal is a fact to read, true or false; the assertions are what
-# the rest of the companion relies on.
+# Rounded below what differs between machines. The goal is a fact to read, true or false; the
+# assertions are what the rest of the companion relies on.
 
 # %% tags=["facts"]
 resid = scale[scale.site == "resid_post"]
 below_all = bool((others.difference_low > 0).all())
-jr.facts("00", {
-    "parameters": int(parameters.parameters.sum()),
-    "every check of the configuration holds": bool(checks.holds.all()),
-    "bits per byte": round(ours.bits_per_byte, 2),
-    "bits per byte, half-width of the 95 % interval": round(ours.high - ours.bits_per_byte, 2),
-    "best baseline": others.sort_values("bits_per_byte").method.iloc[0],
-    "bits per byte of the best baseline": round(others.bits_per_byte.min(), 2),
-    "clearly below every baseline (paired intervals above 0)": below_all,
-    f"at or below {goal} bits per byte": bool(ours.bits_per_byte <= goal),
-    "loss on random tokens, first time (nats)": round(first.mean, 1),
-    "loss on random tokens, second time (nats)": round(second.mean, 1),
-    "the loss falls on the second copy (interval above 0)": bool(fall.low > 0),
-    "blocks add up from the three sites": adds_up,
-    "E‖x‖² of resid_post, first and last layer": f"{resid.mean_square.iloc[0]:.2g}, {resid.mean_square.iloc[-1]:.2g}",
-    "largest share of the mean at resid_post": round(resid.mean_share.max(), 2),
-    "norm at BOS over norm elsewhere, resid_post, largest": round(resid.first_ratio.max(), 1),
-})  # fmt: skip
+show_facts(
+    "00",
+    {
+        "parameters": int(parameters.parameters.sum()),
+        "every check of the configuration holds": bool(checks.holds.all()),
+        "bits per byte": round(ours.bits_per_byte, 2),
+        "bits per byte, half-width of the 95 % interval": round(ours.high - ours.bits_per_byte, 2),
+        "best baseline": others.sort_values("bits_per_byte").method.iloc[0],
+        "bits per byte of the best baseline": round(others.bits_per_byte.min(), 2),
+        "clearly below every baseline (paired intervals above 0)": below_all,
+        f"at or below {goal} bits per byte": bool(ours.bits_per_byte <= goal),
+        "loss on random tokens, first time (nats)": round(first.mean, 1),
+        "loss on random tokens, second time (nats)": round(second.mean, 1),
+        "the loss falls on the second copy (interval above 0)": bool(fall.low > 0),
+        "blocks add up from the three sites": adds_up,
+        "E‖x‖² of resid_post, first and last layer": f"{resid.mean_square.iloc[0]:.2g}, {resid.mean_square.iloc[-1]:.2g}",
+        "largest share of the mean at resid_post": round(resid.mean_share.max(), 2),
+        "norm at BOS over norm elsewhere, resid_post, largest": round(resid.first_ratio.max(), 1),
+    },
+)
 assert checks.holds.all() and (others.difference > 0).all() and fall.low > 0 and adds_up

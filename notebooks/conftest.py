@@ -1,15 +1,17 @@
-"""Rules for `pytest --nbval notebooks`: kernels as in `make reproduce`, so that the same cells give the same output."""
+"""Rules for `pytest --nbval notebooks`: kernels as in `make reproduce`, so that the same cells give
+the same output."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 
-from jumprelu.reproduce import kernel_environment
+from companion.rails.reproduce import kernel_environment
 
 
 def pytest_configure(config):
-    """Caches are shared with `make reproduce`; figures are written elsewhere, not over the committed ones."""
+    """Caches are shared with `make reproduce`; figures are written elsewhere, not over the
+    committed ones."""
     folder = tempfile.TemporaryDirectory(prefix="jumprelu-figures-")
     config.add_cleanup(folder.cleanup)
     for name, value in (kernel_environment() | {"JUMPRELU_FIGURES": folder.name}).items():

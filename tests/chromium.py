@@ -1,9 +1,10 @@
-"""Find a Chromium for the browser tests, or fetch one that needs neither root nor a package manager of the system.
+"""Find a Chromium for the browser tests, or fetch one that needs neither root nor a package manager
+of the system.
 
     python tests/chromium.py        says which one the tests will use; fetches one with npm where there is none
 
-What is fetched is the headless build of the npm package @sparticuz/chromium (x86-64 Linux), in one version, checked by its hash.
-It brings its libraries and a font, so that a bare machine will do.
+What is fetched is the headless build of the npm package @sparticuz/chromium (x86-64 Linux), in one
+version, checked by its hash. It brings its libraries and a font, so that a bare machine will do.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ from jumprelu.files import cache_root
 NAMES = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome", "chrome")
 PACKAGE = "@sparticuz/chromium@147.0.0"
 SHA512 = "4ZKeAQQa8up2mt675qSitztLdbQrlf8BKdC5naeap+5Mv1OV1OlJdPoU+EJC/p5sQUJUQmN4r+q5+EhaaOUHpQ=="
-FONTS = ('<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd"><fontconfig><dir prefix="relative">fonts</dir>'
-         "<cachedir>{}</cachedir></fontconfig>")  # fmt: skip
-UNPACK = "const fs = require('fs'); const [from, to] = process.argv.slice(1); " \
-         "fs.writeFileSync(to, require('zlib').brotliDecompressSync(fs.readFileSync(from)))"  # fmt: skip
+FONTS = (
+    '<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd"><fontconfig><dir prefix="relative">fonts</dir>'
+    "<cachedir>{}</cachedir></fontconfig>"
+)
+UNPACK = (
+    "const fs = require('fs'); const [from, to] = process.argv.slice(1); "
+    "fs.writeFileSync(to, require('zlib').brotliDecompressSync(fs.readFileSync(from)))"
+)
 
 
 class Chromium(NamedTuple):
@@ -58,7 +63,9 @@ def fetch() -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         work = Path(temporary)
-        done = subprocess.run([npm, "pack", "--silent", PACKAGE], cwd=work, capture_output=True, text=True)
+        done = subprocess.run(
+            [npm, "pack", "--silent", PACKAGE], cwd=work, capture_output=True, text=True
+        )
         archive = next(work.glob("*.tgz"), None)
         if done.returncode or archive is None:
             raise RuntimeError(f"npm could not fetch {PACKAGE}: {done.stderr.strip()[-300:]}")
@@ -69,7 +76,9 @@ def fetch() -> None:
         packed, ready = work / "package" / "bin", work / "ready"
         ready.mkdir()
         for name in ("al2023.tar", "fonts.tar", "chromium"):
-            subprocess.run([node, "-e", UNPACK, str(packed / f"{name}.br"), str(ready / name)], check=True)
+            subprocess.run(
+                [node, "-e", UNPACK, str(packed / f"{name}.br"), str(ready / name)], check=True
+            )
         for name in ("al2023.tar", "fonts.tar"):
             with tarfile.open(ready / name) as tar:
                 tar.extractall(ready, filter="data")
@@ -87,8 +96,11 @@ def main() -> int:
             print(f"fetching Chromium for the browser tests ({PACKAGE}, 68 MB)")
             fetch()
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        print(f"no Chromium, the browser tests will be skipped: {error}. Install one (Debian: apt-get install chromium), or set "
-              "CHROMIUM to its path", file=sys.stderr)  # fmt: skip
+        print(
+            f"no Chromium, the browser tests will be skipped: {error}. Install one (Debian: apt-get install chromium), or set "
+            "CHROMIUM to its path",
+            file=sys.stderr,
+        )
         return 1
     print(f"browser tests: {find().path}")
     return 0

@@ -1,6 +1,8 @@
-"""A small hub on loopback that speaks enough of Hugging Face's protocol for huggingface_hub, and fails when told to.
+"""A small hub on loopback that speaks enough of Hugging Face's protocol for huggingface_hub, and
+fails when told to.
 
-Files lie on another host than the hub ("localhost" and "127.0.0.1"), as on the real one, so a token that were sent on is seen.
+Files lie on another host than the hub ("localhost" and "127.0.0.1"), as on the real one, so a token
+that were sent on is seen.
 """
 
 from __future__ import annotations
@@ -43,13 +45,20 @@ class Hub:
         self.ignores_ranges = False
         self.short_files = False
         """Whether files come without their last byte, with a Content-Length to match."""
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})
+        )
         self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
-    def answer(self, part: str, status: int, headers: dict[str, str] | None = None, times: int = 10**9) -> None:
-        """Answer the next `times` requests whose path has `part` ("/tree/", "/resolve/", "/bytes/") with a status alone."""
+    def answer(
+        self, part: str, status: int, headers: dict[str, str] | None = None, times: int = 10**9
+    ) -> None:
+        """Answer the next `times` requests whose path has `part` ("/tree/", "/resolve/", "/bytes/")
+        with a status alone."""
         self._answers.append([part, status, headers or {}, times])
 
     def planned(self, path: str) -> tuple[int, dict[str, str]] | None:
@@ -60,7 +69,11 @@ class Hub:
         return None
 
     def asked(self, part: str, method: str | None = None) -> list[Request]:
-        return [request for request in self.requests if part in request.path and method in (None, request.method)]
+        return [
+            request
+            for request in self.requests
+            if part in request.path and method in (None, request.method)
+        ]
 
     def close(self) -> None:
         """Stop, and hang up: a client keeps connections for its next request."""
@@ -82,7 +95,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
         path = urllib.parse.unquote(path)
-        self.hub.requests.append(Request(self.command, path, {k.lower(): v for k, v in self.headers.items()}))
+        self.hub.requests.append(
+            Request(self.command, path, {k.lower(): v for k, v in self.headers.items()})
+        )
         if plan := self.hub.planned(path):
             return self.reply(*plan)
         if path.startswith("/bytes/"):
@@ -92,14 +107,24 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(*NO_SUCH_REPO)
         files = self.hub.repos[repo]
         if "/tree/" in path:
-            return self.send_tree(files, path, int(urllib.parse.parse_qs(query).get("cursor", ["0"])[0]))
+            return self.send_tree(
+                files, path, int(urllib.parse.parse_qs(query).get("cursor", ["0"])[0])
+            )
         name = path.partition("/resolve/")[2].partition("/")[2]
         if name not in files:
             return self.reply(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         etag = hashlib.sha256(files[name]).hexdigest()
         place = self.hub.endpoint.replace("127.0.0.1", "localhost") + f"/bytes/{etag}"
-        self.reply(302, {"Location": place, "ETag": f'"{etag}"', "X-Linked-ETag": f'"{etag}"', "X-Repo-Commit": COMMIT,
-                         "X-Linked-Size": str(len(files[name]))})  # fmt: skip
+        self.reply(
+            302,
+            {
+                "Location": place,
+                "ETag": f'"{etag}"',
+                "X-Linked-ETag": f'"{etag}"',
+                "X-Repo-Commit": COMMIT,
+                "X-Linked-Size": str(len(files[name])),
+            },
+        )
 
     do_HEAD = do_GET
 
@@ -107,10 +132,17 @@ class _Handler(BaseHTTPRequestHandler):
         """A page of the recursive list of files; folders are in it, too."""
         folders = {name.rpartition("/")[0] for name in files} - {""}
         items = [{"type": "directory", "path": name, "oid": "0"} for name in sorted(folders)]
-        items += [{"type": "file", "path": name, "oid": "1", "size": len(data)} for name, data in files.items()]
+        items += [
+            {"type": "file", "path": name, "oid": "1", "size": len(data)}
+            for name, data in files.items()
+        ]
         link = f'<{self.hub.endpoint}{path}?recursive=true&cursor={cursor + PAGE}>; rel="next"'
         more = {"Link": link} if cursor + PAGE < len(items) else {}
-        self.reply(200, {"Content-Type": "application/json", **more}, json.dumps(items[cursor : cursor + PAGE]).encode())
+        self.reply(
+            200,
+            {"Content-Type": "application/json", **more},
+            json.dumps(items[cursor : cursor + PAGE]).encode(),
+        )
 
     def send_bytes(self, etag: str) -> None:
         everything = [data for files in self.hub.repos.values() for data in files.values()]
@@ -124,7 +156,9 @@ class _Handler(BaseHTTPRequestHandler):
         cut = self.hub.cuts.pop(0) if self.hub.cuts and self.command == "GET" else None
         self.reply(status, headers, data[start:], cut)
 
-    def reply(self, status: int, headers: dict[str, str], body: bytes = b"", cut: int | None = None) -> None:
+    def reply(
+        self, status: int, headers: dict[str, str], body: bytes = b"", cut: int | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)

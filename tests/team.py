@@ -1,5 +1,5 @@
-"""A process of a team, for torchrun: trains what a file of jobs says, one after another. Arguments: that file, and
-`latents` of the mesh."""
+"""A process of a team, for torchrun: trains what a file of jobs says, one after another. Arguments:
+that file, and `latents` of the mesh."""
 
 import json
 import sys
@@ -18,7 +18,19 @@ if __name__ == "__main__":
     team = start(int(sys.argv[2]), "cpu")
     for job in jobs:
         targets = open_activations(job["targets"]) if job.get("targets") else None
-        config = {name: tuple(value) if isinstance(value, list) else value for name, value in job["config"].items()}
+        config = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in job["config"].items()
+        }
         seconds = job.get("checkpoint_seconds", 60)
-        train(open_activations(job["store"]), TrainConfig(**config), job["out"], "cpu", seconds, 10, targets, team)
+        train(
+            open_activations(job["store"]),
+            TrainConfig(**config),
+            job["out"],
+            "cpu",
+            seconds,
+            10,
+            targets,
+            team,
+        )
     team.end()

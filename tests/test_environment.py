@@ -24,10 +24,16 @@ def project(root):
 
 @pytest.fixture(scope="module")
 def lock(root):
-    lines = [line for line in (root / "requirements.lock").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (root / "requirements.lock").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     wrong = [line for line in lines if not LINE.fullmatch(line)]
     assert not wrong, f"expected name==version with no local part: {wrong}"
-    versions = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    versions = {
+        canonicalize_name(name): version for name, version in (line.split("==") for line in lines)
+    }
     assert len(versions) == len(lines)
     return versions
 
@@ -48,7 +54,9 @@ def test_the_lock_satisfies_the_project(project, lock):
             continue
         version = lock.get(canonicalize_name(requirement.name))
         assert version, f"{requirement.name} is not in the lock"
-        assert version in requirement.specifier, f"the lock has {version}, pyproject.toml asks for {requirement}"
+        assert version in requirement.specifier, (
+            f"the lock has {version}, pyproject.toml asks for {requirement}"
+        )
 
 
 def test_the_lock_can_build_the_project(root, lock):
@@ -70,7 +78,11 @@ def test_the_imports_are_declared(root, project):
     used = set()
     for path in (root / "jumprelu").rglob("*.py"):
         used |= set(re.findall(r"^\s*(?:from|import) ([A-Za-z_]+)", path.read_text(), re.MULTILINE))
-    known = {canonicalize_name(distribution.get(name, name)) for name in used if name not in sys.stdlib_module_names}
+    known = {
+        canonicalize_name(distribution.get(name, name))
+        for name in used
+        if name not in sys.stdlib_module_names
+    }
     installed = {name for name in known if is_installed(name)}
     assert installed - declared == set(), "imported by the package, but not among the dependencies"
 
@@ -86,7 +98,11 @@ def is_installed(name):
 
 def test_environment_is_the_lock_and_the_project(project, conda):
     python, pip_name, pip = conda["dependencies"]
-    assert conda["name"] == project["name"] and conda["channels"] == ["conda-forge"] and pip_name == "pip"
+    assert (
+        conda["name"] == project["name"]
+        and conda["channels"] == ["conda-forge"]
+        and pip_name == "pip"
+    )
     assert re.fullmatch(r"python=\d+\.\d+", python)
     assert python.split("=")[1] in Requirement("python" + project["requires-python"]).specifier
     assert pip == {"pip": ["-r requirements.lock", "-e ."]}
@@ -95,9 +111,13 @@ def test_environment_is_the_lock_and_the_project(project, conda):
 def test_make_has_the_targets_that_readme_and_help_name(root):
     makefile, readme = (root / "Makefile").read_text(), (root / "README.md").read_text()
     targets = set(re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE))
-    shown = subprocess.run(["make", "-C", str(root)], capture_output=True, text=True, check=True).stdout  # help is the default
+    shown = subprocess.run(
+        ["make", "-C", str(root)], capture_output=True, text=True, check=True
+    ).stdout  # help is the default
     assert targets and all(f"make {target}" in shown for target in targets)
-    named = set(re.findall(r"`make ([a-z-]+)", readme)) | set(re.findall(r"^make ([a-z-]+)", readme, re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z-]+)", readme)) | set(
+        re.findall(r"^make ([a-z-]+)", readme, re.MULTILINE)
+    )
     assert named <= targets, f"README names targets that the Makefile lacks: {named - targets}"
     assert {"setup", "reproduce", "test", "lm"} <= named
 
@@ -114,29 +134,45 @@ def test_an_old_python_is_named(root, tmp_path):
     old.chmod(0o755)
     command = ["make", "-C", str(root), "install", f"PYTHON={old}", f"VENV={tmp_path}/venv"]
     tried = subprocess.run(command, capture_output=True, text=True)
-    assert tried.returncode != 0 and f"Python 3.11 or later is needed, and {old} is not one" in tried.stderr
+    assert (
+        tried.returncode != 0
+        and f"Python 3.11 or later is needed, and {old} is not one" in tried.stderr
+    )
     assert not (tmp_path / "venv").exists()
 
 
 @pytest.mark.network
 def test_a_fresh_environment_imports_the_package(root, tmp_path, conda):
-    """What conda does with environment.yml: its pip section as a requirements file, beside the file itself."""
+    """What conda does with environment.yml: its pip section as a requirements file, beside the file
+    itself."""
     copy = tmp_path / "project"
     copy.mkdir()
     for name in ("pyproject.toml", "requirements.lock", "README.md", "LICENSE"):
         shutil.copy(root / name, copy)
-    shutil.copytree(root / "jumprelu", copy / "jumprelu", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        root / "jumprelu", copy / "jumprelu", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (copy / "pip.txt").write_text("\n".join(conda["dependencies"][-1]["pip"]) + "\n")
     settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     settings["PIP_NO_COMPILE"] = "1"  # half the time
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv/bin/python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "-r", "pip.txt"], check=True, cwd=copy, env=settings)
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "-r", "pip.txt"], check=True, cwd=copy, env=settings
+    )
     code = "import jumprelu, torch; from importlib import metadata; print(jumprelu.__file__, metadata.version('torch'))"
-    shown = subprocess.run([python, "-c", code], check=True, cwd=tmp_path, env=settings, capture_output=True, text=True).stdout
-    assert shown.startswith(str(copy)) and shown.split()[-1].startswith(dict(lock_lines(root))["torch"])
+    shown = subprocess.run(
+        [python, "-c", code], check=True, cwd=tmp_path, env=settings, capture_output=True, text=True
+    ).stdout
+    assert shown.startswith(str(copy)) and shown.split()[-1].startswith(
+        dict(lock_lines(root))["torch"]
+    )
     subprocess.run([python, "-m", "pip", "check"], check=True, env=settings)
 
 
 def lock_lines(root):
-    return [line.split("==") for line in (root / "requirements.lock").read_text().splitlines() if LINE.fullmatch(line)]
+    return [
+        line.split("==")
+        for line in (root / "requirements.lock").read_text().splitlines()
+        if LINE.fullmatch(line)
+    ]

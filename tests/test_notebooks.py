@@ -1,4 +1,5 @@
-"""The committed notebooks: run, paired with their sources, and free of what differs from run to run.
+"""The committed notebooks: run, paired with their sources, and free of what differs from run to
+run.
 
 nbval skips whatever has no execution count, so `pytest --nbval` alone could pass and check nothing.
 """
@@ -14,19 +15,21 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import yaml
+from companion.PLOTS import plots
+from companion.rails.figures import read_figure_data
+from companion.rails.profiles import DEFAULT_PROFILE, Notebook, check_profile
+from companion.rails.reproduce import cells_of, data_files, measured_files, source_closure
 from nbval.plugin import get_sanitize_patterns
 
-from jumprelu import plots
-from jumprelu.figures import read_figure_data
 from jumprelu.files import digest, sha256
-from jumprelu.profiles import DEFAULT_PROFILE, Notebook, check_profile
-from jumprelu.reproduce import cells_of, data_files, measured_files, source_closure
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
 FIGURES = sorted((ROOT / "figures").glob("[0-9][0-9]_*.csv"))
 PROFILES = sorted(path.stem for path in (ROOT / "notebooks/profiles").glob("*.yaml"))
-ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|work|Users|usr|opt|var|mnt|private)/|[A-Z]:\\\\")
+ABSOLUTE = re.compile(
+    r"(?<![\w.:/])/(?:home|root|tmp|work|Users|usr|opt|var|mnt|private)/|[A-Z]:\\\\"
+)
 
 
 @pytest.fixture(params=SOURCES, ids=lambda path: path.stem)
@@ -45,7 +48,9 @@ def code_cells(notebook):
 
 def test_there_are_notebooks_and_no_ipynb_without_a_source():
     assert len(SOURCES) >= 3
-    assert [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))] == [path.stem for path in SOURCES]
+    assert [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))] == [
+        path.stem for path in SOURCES
+    ]
 
 
 def test_the_pair_is_equal(source, notebook):
@@ -55,7 +60,9 @@ def test_the_pair_is_equal(source, notebook):
 def test_every_cell_ran_in_order_without_an_error(notebook):
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+    assert not [
+        output for cell in cells for output in cell.outputs if output.output_type == "error"
+    ]
 
 
 def test_the_outputs_are_checked(notebook):
@@ -69,34 +76,55 @@ def test_the_outputs_are_checked(notebook):
 def test_no_absolute_path(source, notebook):
     def text_of(output):
         yield output.get("text", "")
-        yield from (value for kind, value in output.get("data", {}).items() if kind.startswith("text/"))
+        yield from (
+            value for kind, value in output.get("data", {}).items() if kind.startswith("text/")
+        )
 
-    texts = [source.read_text(), *(text for cell in code_cells(notebook) for output in cell.outputs for text in text_of(output))]
+    texts = [
+        source.read_text(),
+        *(
+            text
+            for cell in code_cells(notebook)
+            for output in cell.outputs
+            for text in text_of(output)
+        ),
+    ]
     assert not [text for text in texts if ABSOLUTE.search(text)]
 
 
 def test_the_guard_sees_absolute_paths():
-    assert ABSOLUTE.search("read /home/me/x") and ABSOLUTE.search('"/tmp/x"') and ABSOLUTE.search("C:\\\\Users")
+    assert (
+        ABSOLUTE.search("read /home/me/x")
+        and ABSOLUTE.search('"/tmp/x"')
+        and ABSOLUTE.search("C:\\\\Users")
+    )
     assert not ABSOLUTE.search("https://arxiv.org/abs/1 and 1/2 and a/tmp/b and (train/test)")
 
 
 def test_nothing_that_differs_from_run_to_run(notebook):
-    assert [cell.id for cell in notebook.cells] == [digest(index, cell.source) for index, cell in enumerate(notebook.cells)]
+    assert [cell.id for cell in notebook.cells] == [
+        digest(index, cell.source) for index, cell in enumerate(notebook.cells)
+    ]
     assert set(notebook.metadata) == {"jupytext", "kernelspec", "language_info"}
     assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
 
 
 def test_the_manifest_is_of_this_code(source):
-    """The committed results were made by the committed code: nothing was edited after the last run."""
+    """The committed results were made by the committed code: nothing was edited after the last
+    run."""
     manifest = yaml.safe_load((ROOT / f"figures/{source.stem}.manifest.json").read_text())
     notebook = Notebook(source)
     message = f"{source.name} or what it uses was edited after it ran: run `make reproduce`"
     assert manifest["source"] == digest(cells_of(notebook.read())), message
-    if manifest["python"] == ".".join(platform.python_version_tuple()[:2]):  # source is normalised by Python itself
+    if manifest["python"] == ".".join(
+        platform.python_version_tuple()[:2]
+    ):  # source is normalised by Python itself
         assert manifest["code"] == source_closure(notebook.code()), message
-    assert manifest["data"] == data_files(ROOT / "jumprelu"), message
+    assert manifest["data"] == data_files(), message
     assert manifest["measured"] == measured_files(ROOT, notebook.code()), message
-    made = {path.stem: sha256(path)[:16] for path in FIGURES if path.name.startswith(notebook.number)}
+    made = {
+        path.stem: sha256(path)[:16] for path in FIGURES if path.name.startswith(notebook.number)
+    }
     assert manifest["figures"] == made
     assert (ROOT / f"figures/{notebook.number}_facts.json").exists()
 
@@ -107,7 +135,10 @@ def test_a_figure_can_be_drawn_again_from_its_numbers(csv):
     figure.canvas.draw()
     assert figure.axes and any(axes.has_data() for axes in figure.axes)
     plt.close("all")
-    assert csv.with_suffix(".pdf").stat().st_size > 1000 and csv.with_suffix(".png").stat().st_size > 1000
+    assert (
+        csv.with_suffix(".pdf").stat().st_size > 1000
+        and csv.with_suffix(".png").stat().st_size > 1000
+    )
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
+from companion.PLOTS import plots
+
 import jumprelu as jr
-from jumprelu import plots
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,7 +27,9 @@ def test_the_code_runs_as_written(tmp_path, monkeypatch, capsys):
 def test_the_figure_table_is_complete():
     row = r"^\| \[(\d\d_\w+)\]\(figures/\1\.png\) .* `plots\.(\w+)` \| \[csv\]\(figures/\1\.csv\)"
     listed = re.findall(row, README, flags=re.MULTILINE)
-    assert sorted(name for name, _ in listed) == sorted(path.stem for path in (ROOT / "figures").glob("*.png"))
+    assert sorted(name for name, _ in listed) == sorted(
+        path.stem for path in (ROOT / "figures").glob("*.png")
+    )
     for name, function in listed:
         assert name[3:] == function and callable(getattr(plots, function))
 
@@ -39,7 +42,13 @@ def test_links_lead_somewhere():
 
 def test_profiles_and_api_are_listed():
     profiles = {path.stem for path in (ROOT / "notebooks/profiles").glob("*.yaml")}
-    assert profiles == set(re.findall(r"^\| `([\w.-]+)`(?: \(default\))? \| .*(?:CPU|GPU)", README, flags=re.MULTILINE))
+    assert profiles == set(
+        re.findall(r"^\| `([\w.-]+)`(?: \(default\))? \| .*(?:CPU|GPU)", README, flags=re.MULTILINE)
+    )
     table = README.split("## The API in one table")[1].split("##")[0]
-    shown = {name for row in re.findall(r"^\| ([^|]+) \|", table, flags=re.MULTILINE) for name in re.findall(r"`(\w+)", row)}
+    shown = {
+        name
+        for row in re.findall(r"^\| ([^|]+) \|", table, flags=re.MULTILINE)
+        for name in re.findall(r"`(\w+)", row)
+    }
     assert shown <= set(jr.__all__), shown - set(jr.__all__)

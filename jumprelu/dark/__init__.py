@@ -1,0 +1,1 @@
+"""What SAEs miss: their error, its linear and nonlinear part (Engels et al. 2024)."""

@@ -1,0 +1,145 @@
+"""An SAE from one library's files to another's: `python -m jumprelu.exchange.convert SRC DST --to
+FORMAT`, or `--help`.
+
+Notable here:
+- DST appears whole or not at all: the copy is made beside it, read back and compared, and only then
+  gets its name.
+- the comparison is of what the two SAEs compute. Activations are compared before θ and TopK cut,
+  and the cut by θ and k themselves: a pre-activation that rounding carries over its threshold is no
+  difference between SAEs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ..sae import SAE
+from .formats import FORMATS, examine, write
+
+TOLERANCE = 1e-4
+"""Largest relative difference of a copy that counts as rounding."""
+PROBES = 64
+"""Random inputs that a copy is compared on."""
+
+
+@torch.no_grad()
+def difference(one: SAE, two: SAE, seed: int = 0) -> dict[str, float]:
+    """Largest relative difference of `two` from `one`, over random inputs: of encode (π, and θ) and
+    of decode.
+
+    Inputs are reconstructions from eight random latents a little over their thresholds, plus noise
+    of a tenth of their norm. A row's difference is its norm over that of `one`'s row. Infinite
+    where k differs. Raises ValueError for other sizes.
+    """
+    if (one.d_in, one.d_sae) != (two.d_in, two.d_sae):
+        raise ValueError(
+            f"SAEs of d_in, d_sae = {one.d_in}, {one.d_sae} and {two.d_in}, {two.d_sae} cannot be compared"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    latent = torch.randint(one.d_sae, (PROBES, min(8, one.d_sae)), generator=generator)
+    size = one.threshold[latent] + one.threshold.mean() + one.b_dec.norm() / 8 + 0.1
+    acts = torch.zeros(PROBES, one.d_sae).scatter(
+        1, latent, size * (1 + torch.rand(latent.shape, generator=generator))
+    )
+    x = one.decode(acts)
+    x = x + 0.1 * x.norm(dim=-1, keepdim=True) / one.d_in**0.5 * torch.randn(
+        x.shape, generator=generator
+    )
+    encode = max(
+        _relative(one.preactivations(x), two.preactivations(x)),
+        _relative(one.threshold, two.threshold),
+    )
+    return {
+        "encode": encode if one.k == two.k else math.inf,
+        "decode": _relative(one.decode(acts), two.decode(acts)),
+    }
+
+
+def _relative(one: torch.Tensor, two: torch.Tensor) -> float:
+    size = one.norm(dim=-1)
+    return float(((two - one).norm(dim=-1) / size.where(size > 0, 1)).max())
+
+
+def convert(
+    source: str | Path, target: str | Path, to: str, format: str | None = None
+) -> list[str]:
+    """Read the SAE in `source` (of `format`, recognised by default), write it to the folder
+    `target`; returns a report, in lines.
+
+    Raises FileExistsError where `target` has something in it, ValueError and FileNotFoundError as
+    :func:`formats.read` and :func:`formats.write` do, and ValueError for a copy that does not
+    compute the same. `target` is untouched then.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} has something in it: give a new or empty folder")
+    reading = examine(source, format)
+    sae = reading.sae
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        notes = write(sae, made, to)
+        found = difference(sae, examine(made, to).sae)
+        if not max(found.values()) <= TOLERANCE:
+            raise ValueError(
+                f"the copy of {source} differs by {max(found.values()):.2g}, relative, from what was read (at most "
+                f"{TOLERANCE:g} is rounding): not kept. Its weights may not be finite, or beyond float32"
+            )
+        made.chmod(0o755)  # mkdtemp makes 0700
+        if target.exists():
+            target.rmdir()
+        made.rename(target)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    size = f"d_in {sae.d_in}, d_sae {sae.d_sae}" + (f", k {sae.k}" if sae.k else "")
+    return [
+        f"{source}: {reading.format}, {sae.origin.architecture}, {size}",
+        *(f"  read: {note}" for note in reading.notes),
+        f"{target}: {to}",
+        *(f"  written: {note}" for note in notes),
+        f"largest relative difference, read back: encode {found['encode']:.1e}, decode {found['decode']:.1e}",
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0, or 2 for an error, which is one line on
+    stderr."""
+    purpose = "Convert a sparse autoencoder between the files of libraries."
+    parser = argparse.ArgumentParser(
+        prog="python -m jumprelu.exchange.convert", description=purpose
+    )
+    parser.add_argument("source", metavar="SRC", help="folder of an SAE")
+    parser.add_argument("target", metavar="DST", help="folder to write, new or empty")
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        choices=[name for name, each in FORMATS.items() if each.write],
+        help="one of %(choices)s",
+    )
+    parser.add_argument(
+        "--from",
+        dest="format",
+        metavar="FORMAT",
+        choices=list(FORMATS),
+        help="one of %(choices)s; recognised from the files by default",
+    )
+    given = parser.parse_args(arguments)
+    try:
+        lines = convert(given.source, given.target, given.to, given.format)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,2 @@
+"""What latents mean: where they fire, explanations and their scores, directions, attribution,
+pages, blind ratings."""

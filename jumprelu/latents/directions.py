@@ -1,0 +1,136 @@
+"""What a latent's atom points at: tokens that it promotes or suppresses, and other atoms near it.
+
+Notable here:
+- logit effects are the "logit lens" of an atom (nostalgebraist 2020): d · diag(γ) · W_U,
+  mean-centred over the vocabulary, with γ the final norm's weight, folded in. It is an
+  approximation: later blocks, the norm's division and a soft cap on the logits are left out, and
+  for `attn_out` of Gemma 2 the norm after attention, so only the order of the tokens and their
+  relative size mean something.
+- γ is measured by running the norm, so Gemma's 1 + weight, RMSNorm and LayerNorm need no case of
+  their own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..lm import LM
+from ..sae import SAE
+from ..sites import _locate
+
+FINAL_NORMS = ("model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm")
+"""Where the families of jumprelu.sites.LAYOUTS keep the norm before the unembedding."""
+BLOCK = 256
+"""Atoms at once."""
+
+
+class Effects(NamedTuple):
+    """The k tokens that each of m atoms promotes most and suppresses most, strongest first."""
+
+    top: torch.Tensor
+    """int64 [m, k]: token ids."""
+    top_value: torch.Tensor
+    """float32 [m, k]: mean-centred change of the logit for a unit of activation, up to the norm's
+    division."""
+    bottom: torch.Tensor
+    """int64 [m, k]."""
+    bottom_value: torch.Tensor
+    """float32 [m, k]: from the most negative up."""
+
+
+class Near(NamedTuple):
+    """The k other atoms nearest to each of m atoms, nearest first."""
+
+    latents: torch.Tensor
+    """int64 [m, k]."""
+    cosine: torch.Tensor
+    """float32 [m, k]."""
+
+
+@torch.no_grad()
+def logit_effects(
+    lm: LM,
+    sae: SAE,
+    latents: torch.Tensor,
+    k: int = 10,
+    site: str | None = None,
+    layer: int | None = None,
+) -> Effects:
+    """Tokens that the atoms of `latents` [m] promote and suppress, through final norm and
+    unembedding alone.
+
+    site, layer: by default where the SAE was trained. An atom of attn_out passes the block's output
+    projection first.
+
+    Raises ValueError for a site, layer or model that is not known, and for an SAE of another width.
+    """
+    site, layer = site or sae.origin.site, sae.origin.layer if layer is None else layer
+    if site is None or layer is None:
+        raise ValueError("the SAE does not say where it was trained: give site and layer")
+    place = _locate(lm, site, layer)
+    to_stream = place.module if site == "attn_out" else None
+    width = lm.config.num_attention_heads * getattr(
+        lm.config, "head_dim", lm.d_model // lm.config.num_attention_heads
+    )
+    if sae.d_in != (width if to_stream is not None else lm.d_model):
+        raise ValueError(
+            f"the SAE has d_in = {sae.d_in}, which is not the width of {site} in {lm.name}: give the model it was "
+            "trained on"
+        )
+    norm = next(
+        (found for name in FINAL_NORMS if (found := _child(lm.model, name)) is not None), None
+    )
+    if norm is None:
+        raise ValueError(
+            f"{type(lm.model).__name__} has none of {', '.join(FINAL_NORMS)}: add its final norm to "
+            "jumprelu.latents.directions.FINAL_NORMS"
+        )
+    gain, centred = final_gain(norm, lm.d_model), isinstance(norm, torch.nn.LayerNorm)
+    unembedding = lm.model.get_output_embeddings().weight.float()
+    unembedding = (unembedding - unembedding.mean(0)) * gain  # [vocabulary, d_model]
+    k = min(k, len(unembedding))
+    blocks = []
+    for atoms in sae.W_dec[latents.to(sae.W_dec.device)].split(BLOCK):
+        atoms = atoms.to(unembedding.device, lm.dtype)
+        if to_stream is not None:
+            atoms = to_stream(atoms) - to_stream(torch.zeros_like(atoms[:1]))  # without its bias
+        atoms = atoms.float()
+        logits = (atoms - atoms.mean(-1, keepdim=True) if centred else atoms) @ unembedding.T
+        (top_value, top), (bottom_value, bottom) = logits.topk(k), logits.topk(k, largest=False)
+        blocks.append(Effects(top, top_value, bottom, bottom_value))
+    return Effects(*(torch.cat(parts).cpu() for parts in zip(*blocks, strict=True)))
+
+
+def final_gain(norm: torch.nn.Module, d_model: int) -> torch.Tensor:
+    """γ of a norm, float32 [d_model], from what it makes of a vector of ±1: mean 0, mean square 1
+    (d_model is even)."""
+    parameter = next(norm.parameters())
+    sign = torch.ones(d_model, dtype=parameter.dtype, device=parameter.device)
+    sign[1::2] = -1
+    return (sign * (norm(sign[None]) - norm(torch.zeros_like(sign)[None]))[0]).float()
+
+
+@torch.no_grad()
+def nearest(sae: SAE, latents: torch.Tensor, k: int = 8) -> Near:
+    """The atoms nearest by cosine to each of `latents` [m], among these, without itself; fewer than
+    k if there are fewer."""
+    atoms = torch.nn.functional.normalize(sae.W_dec[latents.to(sae.W_dec.device)].float(), dim=-1)
+    k = min(k, len(atoms) - 1)
+    blocks = []
+    for start in range(0, len(atoms), BLOCK):
+        cosine = atoms[start : start + BLOCK] @ atoms.T
+        cosine[torch.arange(len(cosine)), start + torch.arange(len(cosine))] = -2
+        blocks.append(cosine.topk(k))
+    return Near(
+        latents[torch.cat([b.indices for b in blocks]).cpu()],
+        torch.cat([b.values for b in blocks]).cpu(),
+    )
+
+
+def _child(module: torch.nn.Module, path: str) -> torch.nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None

@@ -1,0 +1,504 @@
+"""How well latents can be explained: scores of explanations on documents that they were not made
+from, and baselines.
+
+Notable here:
+- correlation is that of the JumpReLU paper's automated study (after Bills et al. 2023): activations
+  in bins 0 … 10, Pearson, over all tokens of held-out windows. Detection and fuzzing are delphi's
+  (Paulo et al. 2024, arXiv 2410.13928), read off the predicted activations instead of asked of a
+  language model anew.
+- the split is by document and the same for all latents: no explanation has seen a document that it
+  is scored on. Nor does it meet text that it has seen: licences and the like stand in many
+  documents, so windows that repeat one are left out (:func:`fresh`).
+- a score alone says little. Beside it stand the same windows with another latent's explanation
+  (`shuffled_…`), and as subjects random directions and neurons that fire as often, and SAEs of a
+  model whose weights are random.
+- latents are drawn from bands of frequency; `weight` says how many latents of the SAE each stands
+  for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from ..corpus import Tokens, as_tokens
+from ..intervals import Interval
+from ..lm import LM
+from ..sae import SAE, Origin
+from ..sites import capture
+from .contexts import EMPTY, Choice, Contexts, collect_many, frequencies, uniform
+from .explain import LEVELS, Explainer, Explanation, RuleExplainer, Windows
+
+EDGES = (0.01, 0.03, 0.1)
+"""Frequencies between the bands."""
+STUDY = Choice(top=20, quantiles=5, per_quantile=8, negatives=30)
+"""Contexts of a latent, about half of them held out."""
+REPEATED = 12
+"""Tokens in a row that a held-out window must not share with any window for training."""
+SCORES = ("correlation", "detection", "fuzzing")
+
+
+# ---- scores
+
+
+def binned(acts: np.ndarray, maximum: float) -> np.ndarray:
+    """Activations as whole numbers 0 … 10, 10 the maximum."""
+    return np.rint(acts * (LEVELS / maximum)) if maximum > 0 else np.zeros_like(acts)
+
+
+def pearson(true: np.ndarray, predicted: np.ndarray) -> float:
+    """Pearson correlation. 0 where the prediction is constant: it says nothing. NaN where the truth
+    is: nothing to say."""
+    true, predicted = np.asarray(true, float), np.asarray(predicted, float)
+    if not len(true) or np.ptp(true) == 0:
+        return float("nan")
+    return 0.0 if np.ptp(predicted) == 0 else float(np.corrcoef(true, predicted)[0, 1])
+
+
+class Classified(NamedTuple):
+    balanced_accuracy: float
+    """Mean of the shares of positives and of negatives that are called so; 0.5 by chance."""
+    f1: float
+    """Harmonic mean of precision and recall; 0 without a true positive."""
+
+
+def classified(true: np.ndarray, said: np.ndarray) -> Classified:
+    """Both scores of a yes-or-no classification, as delphi computes them; NaN without examples of
+    both kinds. bool [n]."""
+    true, said = np.asarray(true, bool), np.asarray(said, bool)
+    if true.all() or not true.any():
+        return Classified(float("nan"), float("nan"))
+    both = (true & said).sum()
+    return Classified(
+        float(said[true].mean() + (~said[~true]).mean()) / 2,
+        float(2 * both / (true.sum() + said.sum())),
+    )
+
+
+def detection(acts: np.ndarray, predicted: np.ndarray, cut: float) -> Classified:
+    """Which windows activate the latent? Said of those with a prediction of at least `cut`. acts,
+    predicted: [n, w]."""
+    return classified((acts > 0).any(1), (predicted >= cut).any(1))
+
+
+def fuzzing(
+    acts: np.ndarray, predicted: np.ndarray, real: np.ndarray, seed: int = 0, wrong: str = "silent"
+) -> Classified:
+    """Are the right tokens marked? Right: the active tokens of an active window. The marks are
+    called right where the mean prediction at them is above that at the window's other tokens.
+
+    wrong: which windows have wrong marks. "silent", as in delphi: silent windows, with as many
+    random tokens marked as are active in an active window on average. "active": active windows,
+    with as many random tokens marked out of those that are not active, which tells the
+    explanation's tokens from its windows. acts, predicted, real (no padding): [n, w].
+    """
+    if wrong not in ("silent", "active"):
+        raise ValueError(
+            f"wrong is {wrong!r}: expected 'silent' or 'active', the windows that get wrong marks"
+        )
+    rng = np.random.default_rng(seed)
+    active = (acts > 0).any(1)
+    marked = [(row, acts[row] > 0, True) for row in active.nonzero()[0]]
+    typical = max(1, round(float((acts[active] > 0).sum(1).mean()))) if active.any() else 1
+    for row in (~active if wrong == "silent" else active).nonzero()[0]:
+        free = (real[row] & (acts[row] == 0)).nonzero()[0]
+        marks = np.zeros(acts.shape[1], bool)
+        count = typical if wrong == "silent" else int((acts[row] > 0).sum())
+        marks[rng.choice(free, min(count, len(free)), replace=False)] = True
+        if len(free):
+            marked.append((row, marks, False))
+    said = [
+        _mean(predicted[row], marks) > _mean(predicted[row], real[row] & ~marks)
+        for row, marks, _ in marked
+    ]
+    return classified(np.array([right for *_, right in marked], bool), np.array(said, bool))
+
+
+def _mean(values: np.ndarray, where: np.ndarray) -> float:
+    return float(values[where].mean()) if where.any() else 0.0
+
+
+class Score(NamedTuple):
+    correlation: float
+    detection: float
+    """Balanced accuracy, as is fuzzing."""
+    fuzzing: float
+    detection_f1: float
+    fuzzing_f1: float
+    missing: float
+    """Share of tokens without a prediction; windows that have one are left out of the scores."""
+
+
+def score(
+    held_out: Windows, predicted: np.ndarray, maximum: float, cut: float = 1.0, seed: int = 0
+) -> Score:
+    """Scores of predicted activations on held-out windows. predicted: [n, w], NaN where missing;
+    maximum: of the latent."""
+    real = held_out.tokens >= 0
+    lost = real & np.isnan(predicted)
+    whole = ~lost.any(1)
+    acts, predicted, real = held_out.acts[whole], np.where(real, predicted, 0)[whole], real[whole]
+    detected, fuzzed = detection(acts, predicted, cut), fuzzing(acts, predicted, real, seed)
+    return Score(
+        pearson(binned(acts[real], maximum), predicted[real]),
+        detected.balanced_accuracy,
+        fuzzed.balanced_accuracy,
+        detected.f1,
+        fuzzed.f1,
+        float(lost.sum() / max(1, (held_out.tokens >= 0).sum())),
+    )
+
+
+# ---- the study
+
+
+def windows(
+    contexts: Contexts, place: int, among: np.ndarray, special: Sequence[int] = ()
+) -> Windows:
+    """The windows of the latent at `place` whose documents are in `among`; special tokens count as
+    padding."""
+    chosen = (contexts.quantile[place].numpy() != EMPTY) & np.isin(
+        contexts.document[place].numpy(), among
+    )
+    tokens = contexts.tokens[place].numpy()[chosen]
+    return Windows(
+        np.where(np.isin(tokens, special), -1, tokens), contexts.acts[place].numpy()[chosen]
+    )
+
+
+def fresh(held_out: Windows, training: Windows, run: int = REPEATED) -> Windows:
+    """The windows that have no `run` tokens in a row in common with any window for training; of
+    shorter windows, all tokens."""
+    run = min(run, held_out.tokens.shape[1])
+    factors = np.random.default_rng(0).integers(2**63, size=run, dtype=np.uint64)
+
+    def runs(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        every = np.lib.stride_tricks.sliding_window_view(tokens, run, axis=1)
+        return (every.astype(np.uint64) * factors).sum(-1), (every >= 0).all(
+            -1
+        )  # one number for each run, modulo 2**64
+
+    (known, whole), (own, own_whole) = runs(training.tokens), runs(held_out.tokens)
+    new = ~(np.isin(own, known[whole]) & own_whole).any(1)
+    return Windows(held_out.tokens[new], held_out.acts[new])
+
+
+def split_documents(document: torch.Tensor, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the documents for training, half of them, and of those held out. Raises ValueError
+    for fewer than two."""
+    numbers = document.unique().numpy()
+    if len(numbers) < 2:
+        raise ValueError(
+            "explanations are scored on documents that they were not made from: give tokens of two at least"
+        )
+    mixed = numbers[np.argsort(uniform(seed, 8, numbers), kind="stable")]
+    return np.sort(mixed[: len(mixed) // 2]), np.sort(mixed[len(mixed) // 2 :])
+
+
+def sample_latents(
+    frequency: torch.Tensor,
+    count: int,
+    edges: Sequence[float] = EDGES,
+    least: float = 0.0,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """At most `count` latents, as many as there are from each band of frequency in turn. Those with
+    at most `least` do not count.
+
+    Returns columns latent (ascending), band (0 the rarest) and weight: how many latents of its band
+    each stands for.
+    """
+    frequency = frequency.numpy()
+    band = np.searchsorted(edges, frequency)
+    alive = pd.DataFrame(
+        {
+            "latent": np.arange(len(frequency)),
+            "band": band,
+            "key": uniform(seed, 9, np.arange(len(frequency))),
+        }
+    )
+    alive = alive[frequency > least].sort_values("key", kind="stable")
+    turn = alive.groupby("band").cumcount()
+    chosen = alive.assign(turn=turn).sort_values(["turn", "band"], kind="stable").head(count)
+    weight = chosen.band.map(alive.band.value_counts() / chosen.band.value_counts())
+    return chosen.assign(weight=weight)[["latent", "band", "weight"]].sort_values(
+        "latent", ignore_index=True
+    )
+
+
+def study(
+    saes: dict[str, SAE],
+    lm: LM,
+    tokens: Tokens | torch.Tensor,
+    explainer: Explainer | None = None,
+    lms: dict[str, LM] | None = None,
+    count: int = 100,
+    edges: Sequence[float] = EDGES,
+    choice: Choice = STUDY,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Explain latents of several SAEs and score the explanations on held-out documents.
+
+    saes: by name; each remembers its site and layer. lms: by name of an SAE, another model that it
+    belongs to (:func:`random_weights`), with the same tokenizer. explainer: by default the rules of
+    :class:`jumprelu.latents.explain.RuleExplainer`. count: latents of each SAE, drawn from bands of
+    frequency (:func:`sample_latents`). tokens: text that no SAE was trained on; half of its
+    documents are for explaining, half for scoring (:func:`split_documents`).
+
+    Returns a row a latent: sae, latent, frequency, band, weight, l0 (of the SAE), the fields of
+    :class:`Score`, the scores of another latent's explanation on the same windows
+    (shuffled_correlation, shuffled_detection, shuffled_fuzzing), active and silent (numbers of
+    held-out windows), repeated (those left out by :func:`fresh`), explanation. A score is NaN where
+    the held-out windows do not allow it. Frequencies for the bands, and l0, are measured on every
+    fourth row; the column frequency on all. Raises ValueError as
+    :func:`jumprelu.latents.contexts.collect` does, for fewer than two documents, and for an SAE of
+    which no latent fires.
+    """
+    tokens = as_tokens(tokens)
+    explainer = explainer or RuleExplainer(lm.tokenizer)
+    training, held_out = split_documents(tokens.document, seed)
+    tables = []
+    groups: dict[int, list[str]] = {}
+    owners = {name: (lms or {}).get(name, lm) for name in saes}
+    for name, owner in owners.items():
+        groups.setdefault(id(owner), []).append(name)
+    for names in groups.values():
+        owner, some = owners[names[0]], [saes[name] for name in names]
+        found = frequencies(owner, some, tokens[torch.arange(0, len(tokens), 4)])
+        samples = [sample_latents(frequency, count, edges, seed=seed) for frequency in found]
+        chosen = [torch.tensor(sample.latent.to_numpy(copy=True)) for sample in samples]
+        empty = [name for name, latents in zip(names, chosen, strict=True) if not len(latents)]
+        if empty:
+            raise ValueError(
+                f"no latent of {', '.join(empty)} ever fires on these tokens: nothing to explain"
+            )
+        contexts = collect_many(owner, some, tokens, latents=chosen, choice=choice)
+        for name, frequency, sample, own in zip(names, found, samples, contexts, strict=True):
+            scored = explain_all(own, explainer, training, held_out, owner.special_ids, seed, name)
+            sample = sample.assign(
+                sae=name, frequency=own.frequency.numpy(), l0=float(frequency.sum())
+            )
+            tables.append(pd.concat([sample, scored], axis=1))
+    table = pd.concat(tables).set_index("sae").loc[list(saes)].reset_index()
+    first = ["sae", "latent", "frequency", "band", "weight", "l0"]
+    return table[[*first, *(name for name in table if name not in first)]]
+
+
+def explain_all(
+    contexts: Contexts,
+    explainer: Explainer,
+    training: np.ndarray,
+    held_out: np.ndarray,
+    special: Sequence[int] = (),
+    seed: int = 0,
+    label: str = "",
+) -> pd.DataFrame:
+    """The part of :func:`study` that follows the contexts: one row a latent, in their order."""
+    count = len(contexts.latents)
+    made: list[Explanation] = []
+    held_windows: list[Windows] = []
+    for place in tqdm(
+        range(count), desc=f"explaining {label}".strip(), unit="latent", mininterval=1
+    ):
+        shown = windows(contexts, place, training, special)
+        held_windows.append(fresh(windows(contexts, place, held_out, special), shown))
+        made.append(explainer.explain(shown))
+    order = np.argsort(uniform(seed, 10, np.arange(count)), kind="stable")
+    other = np.empty(count, int)
+    other[order] = np.roll(order, 1)  # nobody keeps his own
+    rows = []
+    for place in tqdm(range(count), desc=f"scoring {label}".strip(), unit="latent", mininterval=1):
+        held, maximum = held_windows[place], float(contexts.maximum[place])
+        all_held = (contexts.quantile[place].numpy() != EMPTY) & np.isin(
+            contexts.document[place].numpy(), held_out
+        )
+        own, wrong = (
+            score(held, explainer.simulate(each, held.tokens), maximum, each.cut, seed)
+            for each in (made[place], made[other[place]])
+        )
+        if count == 1:
+            wrong = Score(*[float("nan")] * len(Score._fields))
+        active = int((held.acts > 0).any(1).sum())
+        rows.append(
+            {
+                **own._asdict(),
+                **{f"shuffled_{name}": getattr(wrong, name) for name in SCORES},
+                "active": active,
+                "silent": len(held.acts) - active,
+                "repeated": int(all_held.sum()) - len(held.acts),
+                "explanation": made[place].text,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+# ---- baselines
+
+
+@torch.no_grad()
+def activations(lm: LM, tokens: Tokens | torch.Tensor, site: str, layer: int) -> torch.Tensor:
+    """The model's activations at all tokens but special ones, [n, d_in], in memory: for a few
+    rows."""
+    tokens = as_tokens(tokens)
+    keep = ~torch.isin(tokens.ids, torch.tensor(lm.special_ids))
+    parts = [
+        capture(lm, [(site, layer)], ids)[site, layer][kept.to(lm.device)].float().cpu()
+        for ids, kept in zip(tokens.ids.split(8), keep.split(8), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def directions(
+    x: torch.Tensor, vectors: torch.Tensor, frequency: torch.Tensor, origin: Origin
+) -> SAE:
+    """Directions as latents: each is x's part along its vector, about the mean, where that is among
+    the highest `frequency`.
+
+    x: [n, d_in]; vectors: [m, d_in], made unit; frequency: [m], shares of tokens. Where the share
+    would reach below 0, a latent fires on what is positive.
+    """
+    unit = vectors / vectors.norm(dim=-1, keepdim=True)
+    offset = -unit @ x.mean(0)
+    ordered = (x @ unit.T + offset).sort(0, descending=True).values
+    last = (
+        (frequency.double() * len(x)).round().long().clamp(0, len(x) - 1)
+    )  # the first that is too low
+    threshold = ordered.gather(0, last[None])[0].clamp_min(0)
+    return SAE(unit.T, offset, unit, x.mean(0), threshold, origin=origin)
+
+
+def random_directions(sae: SAE, x: torch.Tensor, seed: int = 0) -> SAE:
+    """As many random unit vectors as the SAE has latents, each as latent that fires as often on x
+    as the SAE's of its number."""
+    vectors = torch.randn(sae.d_sae, sae.d_in, generator=torch.Generator().manual_seed(seed))
+    return directions(
+        x,
+        vectors,
+        _frequency(sae, x),
+        sae.origin._replace(architecture="random directions", training=None),
+    )
+
+
+def neurons(sae: SAE, x: torch.Tensor, seed: int = 0) -> SAE:
+    """The dimensions of the site's own basis as latents; each fires as often on x as some live
+    latent of the SAE."""
+    frequency = _frequency(sae, x)
+    frequency = frequency[frequency > 0]
+    drawn = frequency[
+        torch.randint(len(frequency), (sae.d_in,), generator=torch.Generator().manual_seed(seed))
+    ]
+    return directions(
+        x, torch.eye(sae.d_in), drawn, sae.origin._replace(architecture="neurons", training=None)
+    )
+
+
+@torch.no_grad()
+def _frequency(sae: SAE, x: torch.Tensor) -> torch.Tensor:
+    fired = [
+        torch.bincount(sae.encode(some, sparse=True).indices()[1], minlength=sae.d_sae)
+        for some in x.split(2**13)
+    ]
+    return torch.stack(fired).sum(0).double() / len(x)
+
+
+def random_weights(lm: LM, seed: int = 0) -> LM:
+    """A model of the same architecture as untrained, with the same tokenizer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = type(lm.model)(copy.deepcopy(lm.model.config))
+    return LM(
+        model.to(lm.device, lm.dtype).requires_grad_(False),
+        lm.tokenizer,
+        f"{lm.name}, random weights",
+    )
+
+
+# ---- statistics over latents
+
+
+def _resampled(
+    values: np.ndarray, weights: np.ndarray, band: np.ndarray, draws: int, seed: int | list[int]
+) -> np.ndarray:
+    """The weighted mean of the latents, and of `draws` samples of them, with replacement within
+    bands; [1 + draws]."""
+    rng = np.random.default_rng(seed)
+    totals, sums = np.zeros(1 + draws), np.zeros(1 + draws)
+    for number in np.unique(band):
+        mine = (band == number).nonzero()[0]
+        drawn = np.vstack([mine, mine[rng.integers(len(mine), size=(draws, len(mine)))]])
+        totals += (values[drawn] * weights[drawn]).sum(1)
+        sums += weights[drawn].sum(1)
+    return totals / sums
+
+
+def _interval(means: np.ndarray) -> Interval:
+    return Interval(
+        float(means[0]), *(float(end) for end in np.quantile(means[1:], [0.025, 0.975]))
+    )
+
+
+def summary(
+    table: pd.DataFrame,
+    columns: Sequence[str] = SCORES,
+    by: Sequence[str] = ("sae",),
+    draws: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Mean of columns of :func:`study`'s table over the SAE's latents, with bootstrap 95 %
+    intervals over latents.
+
+    Latents count by their `weight` and are drawn anew within their band; rows without a value are
+    left out. Returns columns `by`, score, mean, low, high, latents.
+    """
+    rows = []
+    for key, own in table.groupby(list(by), sort=False):
+        for name in columns:
+            some = own[own[name].notna()]
+            found = (
+                _interval(
+                    _resampled(
+                        *(some[c].to_numpy(float) for c in (name, "weight", "band")), draws, seed
+                    )
+                )
+                if len(some)
+                else Interval(*[float("nan")] * 3)
+            )
+            rows.append((*key, name, *found, len(some)))
+    return pd.DataFrame(rows, columns=[*by, "score", "mean", "low", "high", "latents"])
+
+
+def difference(
+    table: pd.DataFrame,
+    first: str,
+    second: str,
+    column: str = "correlation",
+    draws: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Mean of a score of the SAE `first` less that of `second`, at equal frequency: the mean over
+    bands that both have of the difference within each, with a bootstrap 95 % interval over latents.
+    Raises ValueError if they share no band."""
+    found = []
+    for name in (first, second):
+        own = table[(table.sae == name) & table[column].notna()]
+        found.append({band: some[column].to_numpy(float) for band, some in own.groupby("band")})
+    bands = sorted(set(found[0]) & set(found[1]))
+    if not bands:
+        raise ValueError(
+            f"{first} and {second} have no latents with a {column} in a common band of frequency: sample more"
+        )
+    means = np.zeros(1 + draws)
+    for sign, own, offset in zip((1, -1), found, (0, 1), strict=True):
+        for band in bands:
+            values = own[band]
+            one = np.ones(len(values))
+            means += (
+                sign * _resampled(values, one, one, draws, [seed, offset, int(band)]) / len(bands)
+            )
+    return _interval(means)

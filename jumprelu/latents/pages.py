@@ -1,0 +1,273 @@
+"""One page to look at the latents of an SAE: a self-contained HTML file that needs no server and no
+network.
+
+    python -m jumprelu.latents.pages SAE LM OUT.html
+
+Notable here:
+- the list of latents stands at the beginning of the file, so it shows while the rest is still being
+  read.
+- contexts follow in blocks of `BLOCK` latents: token ids as places in one vocabulary, activations
+  as bytes (255 is the latent's maximum; what is positive stays positive), compressed. A block is
+  opened when one of its latents is looked at.
+- the first search reads all blocks once, for the tokens on which each latent fires.
+- `OUT.html#latent=123` leads to latent 123, in every page made of this SAE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..corpus import load_texts, tokenize
+from ..exchange.gemma_scope import load_sae
+from ..files import write_text
+from ..lm import EMBEDDED, LM, load_lm
+from ..sae import SAE
+from .contexts import Contexts, collect
+from .directions import Effects, Near, logit_effects, nearest
+from .webpage import layout, narrow, pack, page, shades, token_texts, vocabulary
+
+BLOCK = 128
+"""Latents whose contexts are compressed together."""
+SHOWN = {"top": 8, "quantiles": 4, "per_quantile": 2, "negatives": 2, "window": 25}
+"""What :func:`jumprelu.latents.contexts.collect` is asked for: 16k latents of it are about 10 to 25
+MB."""
+
+
+class Explanation(NamedTuple):
+    """What somebody says about a latent, and how well it predicts; None: not known."""
+
+    text: str
+    score: float | None = None
+
+
+def write_pages(
+    out: str | Path,
+    sae: SAE,
+    lm: LM,
+    contexts: Contexts,
+    explanations: Mapping[int, Explanation] | None = None,
+    title: str | None = None,
+    site: str | None = None,
+    layer: int | None = None,
+) -> Path:
+    """Write the page of `contexts.latents` to the file `out`; returns its path.
+
+    contexts: of this SAE on this model, from :func:`jumprelu.latents.contexts.collect` (its
+    docstring has the shapes). explanations: by number of the latent. title: by default the model,
+    site, layer and kind of the SAE. site, layer: by default those the SAE remembers.
+
+    Raises ValueError for a latent that the SAE does not have, a latent that is there twice, token
+    ids that the model does not have, an explanation of a latent that is not there, or a score that
+    is no number; OSError if the file cannot be written.
+    """
+    numbers = contexts.latents
+    explanations = dict(explanations or {})
+    _check(sae, lm, contexts, explanations)
+    site, layer = site or sae.origin.site, sae.origin.layer if layer is None else layer
+    effects, near = logit_effects(lm, sae, numbers, site=site, layer=layer), nearest(sae, numbers)
+
+    known, (tokens, top, bottom) = vocabulary(contexts.tokens, effects.top, effects.bottom)
+    arrays = _arrays(contexts, effects, near, tokens, top, bottom)
+    blocks = [
+        {name: a[start : start + BLOCK] for name, a in arrays.items()}
+        for start in range(0, len(numbers), BLOCK)
+    ]
+    title = (
+        title
+        or f"{sae.origin.model_name or lm.name}, {site} {layer}: {sae.origin.architecture}, {sae.d_sae} latents"
+    )
+    first = {
+        "about": {
+            "title": title,
+            "model": lm.name,
+            "sae": sae.fingerprint,
+            "site": site,
+            "layer": layer,
+            "d_sae": sae.d_sae,
+            "architecture": sae.origin.architecture,
+            "l0": _number(contexts.frequency.sum()),
+            "all": len(numbers) == sae.d_sae,
+            "block": BLOCK,
+            "window": contexts.tokens.shape[2],
+            "slots": contexts.tokens.shape[1],
+            "layout": layout(arrays),
+        },
+        "latents": {
+            "number": numbers.tolist(),
+            "frequency": _column(contexts.frequency),
+            "maximum": _column(contexts.maximum),
+            "threshold": _column(sae.threshold[numbers]),
+            "decoder": _column(sae.W_dec[numbers].norm(dim=1)),
+            "encoder": _column(sae.W_enc.T[numbers].norm(dim=1)),
+            "score": [
+                _number(explanations[n].score) if n in explanations else None
+                for n in numbers.tolist()
+            ],
+            "explanation": [
+                explanations[n].text if n in explanations else "" for n in numbers.tolist()
+            ],
+            "peak": _peaks(contexts, tokens),
+        },
+        "vocabulary": ["", *token_texts(lm, known)],
+    }
+    later = {f"block-{i}": pack(block) for i, block in enumerate(blocks)}
+    write_text(out, page("pages", title, first, later))
+    return Path(out)
+
+
+def _check(sae: SAE, lm: LM, contexts: Contexts, explanations: dict[int, Explanation]) -> None:
+    numbers = contexts.latents
+    if not len(numbers) or int(numbers.min()) < 0 or int(numbers.max()) >= sae.d_sae:
+        raise ValueError(
+            f"contexts.latents must name latents of this SAE, 0 to {sae.d_sae - 1}, at least one, got "
+            f"{numbers.tolist()[:5]}"
+        )
+    if len(numbers.unique()) < len(numbers):
+        raise ValueError("contexts.latents names a latent twice: give each one once")
+    if int(contexts.tokens.max()) >= lm.config.vocab_size:
+        raise ValueError(
+            f"the contexts hold token {int(contexts.tokens.max())}, {lm.name} has {lm.config.vocab_size}: they are "
+            "of another model"
+        )
+    for number, given in explanations.items():
+        if given.score is not None and not np.isfinite(given.score):
+            raise ValueError(
+                f"the score of latent {number} is {given.score}: give a number, or None where there is none"
+            )
+    if unknown := sorted(set(explanations) - set(numbers.tolist())):
+        raise ValueError(
+            f"explanations of latents without contexts: {unknown[:5]}; leave them out, or collect their contexts"
+        )
+
+
+def _arrays(
+    contexts: Contexts,
+    effects: Effects,
+    near: Near,
+    tokens: torch.Tensor,
+    top: torch.Tensor,
+    bottom: torch.Tensor,
+) -> dict[str, np.ndarray]:
+    """What is shown of each latent, along the first axis; tokens, top, bottom: places in the
+    vocabulary."""
+    return {
+        "tokens": narrow(tokens),
+        "acts": shades(contexts.acts, contexts.maximum),
+        "quantile": contexts.quantile.numpy().astype(np.int8),
+        "where": torch.stack([contexts.document, contexts.row, contexts.position], -1)
+        .numpy()
+        .astype(np.int32),
+        "histogram": contexts.histogram.clamp_max(2**32 - 1).numpy().astype(np.uint32),
+        "top": narrow(top),
+        "topValue": effects.top_value.numpy(),
+        "bottom": narrow(bottom),
+        "bottomValue": effects.bottom_value.numpy(),
+        "near": near.latents.numpy().astype(np.uint32),
+        "cosine": near.cosine.numpy(),
+    }
+
+
+def _peaks(contexts: Contexts, tokens: torch.Tensor, most: int = 4) -> list[list[int]]:
+    """The first `most` distinct tokens of greatest activation in a latent's top contexts, for a
+    latent without explanation."""
+    value, at = contexts.acts.max(-1)
+    peak = tokens.gather(-1, at[..., None])[..., 0]
+    use = (contexts.quantile == 0) & (value > 0) & (peak > 0)
+    rows = zip(peak.tolist(), use.tolist(), strict=True)
+    return [
+        list(dict.fromkeys(p for p, u in zip(peaks, used, strict=True) if u))[:most]
+        for peaks, used in rows
+    ]
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(f"{float(value):.5g}")
+
+
+def _column(values: torch.Tensor) -> list[float | None]:
+    return [_number(value) for value in values.detach().tolist()]
+
+
+# ---- command line
+
+
+def read_explanations(path: str | Path) -> dict[int, Explanation]:
+    """Explanations from a CSV with the columns latent, explanation and, if there are scores, score
+    (may be empty).
+
+    Raises FileNotFoundError for no such file, ValueError for other columns, or a row that is not of
+    this form, naming the line.
+    """
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if missing := {"latent", "explanation"} - set(frame.columns):
+        raise ValueError(
+            f"{path} lacks the column {' and '.join(sorted(missing))}: expected latent, explanation, score"
+        )
+    found: dict[int, Explanation] = {}
+    for line, row in enumerate(frame.to_dict("records"), start=2):
+        try:
+            number, score = int(row["latent"]), float(row["score"]) if row.get("score") else None
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, row {line}: {error}; expected the number of a latent and a score or nothing"
+            ) from error
+        if number in found:
+            raise ValueError(f"{path}, row {line}: latent {number} is there twice")
+        found[number] = Explanation(row["explanation"], score)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0, or 2 for an error."""
+    purpose = "Make one self-contained HTML file to look at the latents of an SAE."
+    parser = argparse.ArgumentParser(
+        prog="python -m jumprelu.latents.pages",
+        description=purpose,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("sae", help="folder of an SAE, as SAE.save writes it")
+    parser.add_argument("lm", help=f"the language model: {EMBEDDED}, a folder, or a hub id")
+    parser.add_argument("out", type=Path, help="the HTML file to write")
+    parser.add_argument(
+        "--rows", type=int, default=2000, help="rows of text to look for contexts in"
+    )
+    parser.add_argument("--context-size", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--corpus", default="installed", help="text: see jumprelu.load_texts")
+    parser.add_argument("--split", default="validation", help="its split")
+    parser.add_argument("--latents", type=int, nargs="+", metavar="N", help="only these latents")
+    parser.add_argument(
+        "--explanations", type=Path, metavar="CSV", help="columns latent, explanation, score"
+    )
+    parser.add_argument("--title", help="by default what the SAE says of itself")
+    parser.add_argument("--seed", type=int, default=0, help="for the choice of contexts")
+    given = parser.parse_args(arguments)
+    try:
+        sae, lm = load_sae(given.sae), load_lm(given.lm)
+        explanations = read_explanations(given.explanations) if given.explanations else {}
+        if lm.tokenizer is None:
+            raise ValueError(
+                f"{given.lm} has no tokenizer, so no text can be read: give a folder with tokenizer.json"
+            )
+        tokens = tokenize(
+            load_texts(given.corpus, given.split), lm.tokenizer, given.context_size, given.rows
+        )
+        latents = None if given.latents is None else torch.tensor(given.latents)
+        contexts = collect(lm, sae, tokens, latents=latents, **SHOWN, seed=given.seed)
+        path = write_pages(given.out, sae, lm, contexts, explanations, given.title)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{path}: {len(contexts.latents)} latents, {path.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

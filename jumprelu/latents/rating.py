@@ -1,0 +1,301 @@
+"""A blind manual study: do people find latents interpretable? (JumpReLU paper, arXiv 2407.14435,
+the manual study.)
+
+    python -m jumprelu.latents.rating make FOLDER SAE [SAE …]     a page for the raters, and a key for nobody
+    python -m jumprelu.latents.rating score KEY CSV [CSV …]       the key, opened, and what each architecture got
+
+Notable here:
+- latents are drawn evenly over strata of architecture, site, layer and L0, among those that fire,
+  and shuffled.
+- the page holds contexts, with activations as shares of the latent's maximum, and salted item ids.
+  Thresholds, frequencies, histograms and scales stay out: they would tell the architecture. What
+  the items are is in the key file alone.
+- the study's id is a digest of key and page data, and every row of a rater's CSV carries it and a
+  running checksum: a changed key or CSV is refused. The checksum finds accidents and idle edits;
+  who reads the page's script can forge it.
+- intervals are over latents, by the median rating of each (the lower one of two): several ratings
+  of one latent are not independent draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..corpus import Tokens, load_texts, tokenize
+from ..exchange.gemma_scope import load_sae
+from ..files import digest, sha256, write_json, write_text
+from ..lm import EMBEDDED, LM, load_lm
+from ..sae import SAE
+from .contexts import Choice, Contexts, collect_many, frequencies
+from .verdicts import FORMAT, GROUPS, read_key, report, score, study_id
+from .webpage import layout, narrow, pack, page, shades, token_texts, vocabulary
+
+TARGETS = (20.0, 75.0, 150.0)
+"""L0 of the paper's study. An SAE belongs to the target nearest to its own L0 in ratio."""
+SHOWN = Choice(top=8, quantiles=4, per_quantile=2, negatives=0, window=25)
+
+
+class Item(NamedTuple):
+    """One latent drawn, and the stratum that it stands for."""
+
+    sae: int
+    """Place among the SAEs given."""
+    latent: int
+    architecture: str
+    site: str
+    layer: int
+    target: float
+    """Of TARGETS, or whatever was given in its place."""
+    l0: float
+
+
+class Study(NamedTuple):
+    """The two files of a study."""
+
+    page: Path
+    key: Path
+
+
+def draw(
+    saes: Sequence[SAE],
+    frequency: Sequence[torch.Tensor],
+    per_stratum: int,
+    seed: int,
+    targets: Sequence[float] = TARGETS,
+) -> list[Item]:
+    """`per_stratum` latents from each stratum of architecture, site, layer and L0 target that has
+    an SAE, shuffled.
+
+    frequency: share of tokens on which each latent fires, [d_sae] for each SAE; latents that never
+    fire are not drawn. Where several SAEs share a stratum, they take turns. Raises ValueError for a
+    stratum with too few latents, or an SAE that does not say where it was trained.
+    """
+    if per_stratum < 1 or not len(saes) or not targets or min(targets) <= 0:
+        raise ValueError(
+            f"expected at least one SAE, at least 1 latent a stratum and targets above 0, got {len(saes)} SAEs, "
+            f"{per_stratum} a stratum and targets {list(targets)}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    waiting: dict[tuple[Any, ...], list[list[Item]]] = defaultdict(list)
+    for number, (sae, own) in enumerate(zip(saes, frequency, strict=True)):
+        origin, l0 = sae.origin, float(own.sum())
+        if origin.site is None or origin.layer is None:
+            raise ValueError(
+                f"SAE number {number + 1} does not say at which site and layer it was trained, which its "
+                "stratum needs"
+            )
+        target = min(targets, key=lambda t, l0=l0: abs(np.log(max(l0, 1e-9) / t)))
+        stratum = origin.architecture, origin.site, origin.layer, float(target)
+        alive = (own > 0).nonzero().flatten()
+        alive = alive[torch.randperm(len(alive), generator=generator)][:per_stratum]
+        waiting[stratum].append([Item(number, latent, *stratum, l0) for latent in alive.tolist()])
+    items = []
+    for stratum, lists in waiting.items():
+        turns = [own[place] for place in range(per_stratum) for own in lists if place < len(own)]
+        if len(turns) < per_stratum:
+            raise ValueError(
+                f"stratum {stratum} has {len(turns)} latents that fire, {per_stratum} were asked for: lower "
+                "--per-stratum, or read more --rows"
+            )
+        items += turns[:per_stratum]
+    return [items[place] for place in torch.randperm(len(items), generator=generator)]
+
+
+def make(
+    out: str | Path,
+    lm: LM,
+    saes: Mapping[str, SAE],
+    tokens: Tokens | torch.Tensor,
+    per_stratum: int = 5,
+    targets: Sequence[float] = TARGETS,
+    seed: int | None = None,
+    title: str = "What is this feature about?",
+) -> Study:
+    """Draw a study from named SAEs on one model, and write its page and its key to the folder
+    `out`.
+
+    seed: by default a new one that nobody knows; it goes into the key. Raises ValueError as
+    :func:`draw` does.
+    """
+    seed = secrets.randbits(48) if seed is None else seed
+    models = list(saes.values())
+    items = draw(models, frequencies(lm, models, tokens), per_stratum, seed, targets)
+    drawn = [
+        torch.tensor(sorted(item.latent for item in items if item.sae == number))
+        for number in range(len(models))
+    ]
+    used = [number for number, own in enumerate(drawn) if len(own)]
+    found = collect_many(
+        lm, [models[n] for n in used], tokens, latents=[drawn[n] for n in used], choice=SHOWN
+    )
+    return write_study(out, lm, saes, items, dict(zip(used, found, strict=True)), seed, title)
+
+
+def write_study(
+    out: str | Path,
+    lm: LM,
+    saes: Mapping[str, SAE],
+    items: Sequence[Item],
+    contexts: Mapping[int, Contexts],
+    seed: int | None = None,
+    title: str = "What is this feature about?",
+    salt: str | None = None,
+) -> Study:
+    """Write the page and the key of `items`, in this order, to the folder `out`, as study-ID.html
+    and key-ID.json.
+
+    contexts: by place of the SAE, holding its items' latents. salt: by default a new secret; only
+    tests give one.
+    """
+    salt = salt or secrets.token_hex(16)
+    places = [
+        (contexts[item.sae], contexts[item.sae].latents.tolist().index(item.latent))
+        for item in items
+    ]
+    ids, acts, quantile = (
+        torch.stack([getattr(c, name)[at] for c, at in places])
+        for name in ("tokens", "acts", "quantile")
+    )
+    known, (tokens,) = vocabulary(ids)
+    maximum = acts.clamp_min(0).flatten(1).amax(1)
+    arrays = {
+        "tokens": narrow(tokens),
+        "acts": shades(acts, maximum),
+        "quantile": quantile.sign().numpy().astype(np.int8),
+    }
+    arrays["quantile"][quantile.numpy() < -1] = -2
+    words, packed, names = ["", *token_texts(lm, known)], pack(arrays), list(saes)
+    models = list(saes.values())
+    prints = {place: models[place].fingerprint for place in contexts}
+    sources = [
+        {
+            "item": digest(salt, prints[item.sae], item.latent)[:12],
+            "fingerprint": prints[item.sae],
+            **item._asdict(),
+            "sae": names[item.sae],
+        }
+        for item in items
+    ]
+    shown = [source["item"] for source in sources]
+    if len(set(shown)) < len(shown):
+        raise ValueError("a latent is among the items twice: give each one once")
+    data = digest(shown, words, packed)
+    key = {"format": FORMAT, "salt": salt, "seed": seed, "digest": data, "items": sources}
+    study = study_id(key)
+    about = {
+        "title": title,
+        "study": study,
+        "digest": data,
+        "items": shown,
+        "layout": layout(arrays),
+        "window": tokens.shape[2],
+        "slots": tokens.shape[1],
+    }
+    paths = Study(Path(out) / f"study-{study}.html", Path(out) / f"key-{study}.json")
+    write_text(
+        paths.page, page("rating", title, {"about": about, "vocabulary": words}, {"items": packed})
+    )
+    note = "Sealed: says what the raters must not know. `python -m jumprelu.latents.rating score` opens it when all ratings are in."
+    write_json(paths.key, {"note": note, "study": study, "page_sha256": sha256(paths.page), **key})
+    return paths
+
+
+# ---- command line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0, or 2 for an error."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jumprelu.latents.rating", description="A blind manual study of latents."
+    )
+    ways = parser.add_subparsers(dest="way", required=True)
+    maker = ways.add_parser(
+        "make",
+        help="write a page for the raters and a sealed key",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    maker.add_argument("out", type=Path, help="folder for the page and the key")
+    maker.add_argument(
+        "saes", nargs="+", type=Path, metavar="SAE", help="folders of SAEs, as SAE.save writes them"
+    )
+    maker.add_argument("--lm", default=EMBEDDED, help="the language model: a folder or a hub id")
+    maker.add_argument(
+        "--per-stratum",
+        type=int,
+        default=5,
+        help="latents of each architecture, site, layer and L0 target",
+    )
+    maker.add_argument(
+        "--targets", type=float, nargs="+", default=list(TARGETS), metavar="L0", help="L0 targets"
+    )
+    maker.add_argument(
+        "--rows", type=int, default=2000, help="rows of text to look for contexts in"
+    )
+    maker.add_argument("--context-size", type=int, default=128, help="tokens of a row")
+    maker.add_argument("--corpus", default="installed", help="text: see jumprelu.load_texts")
+    maker.add_argument("--split", default="validation", help="its split")
+    maker.add_argument("--seed", type=int, help="for draw and order; by default a secret one")
+    maker.add_argument(
+        "--title",
+        default="What is this feature about?",
+        help="title of the page; must not tell the source",
+    )
+    scorer = ways.add_parser("score", help="open the key and count")
+    scorer.add_argument("key", type=Path, help="key-ID.json")
+    scorer.add_argument("csv", nargs="+", type=Path, help="what the raters exported")
+    scorer.add_argument(
+        "--by",
+        nargs="+",
+        default=["architecture"],
+        choices=GROUPS,
+        help="what to count by (default: architecture)",
+    )
+    scorer.add_argument("--partial", action="store_true", help="accept raters who left items out")
+    scorer.add_argument(
+        "--out", type=Path, metavar="CSV", help="write every item with its source and ratings"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        print(_make(given) if given.way == "make" else _score(given))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _make(given: argparse.Namespace) -> str:
+    lm = load_lm(given.lm)
+    if lm.tokenizer is None:
+        raise ValueError(
+            f"{given.lm} has no tokenizer, so no text can be read: give a folder with tokenizer.json"
+        )
+    saes = {folder.as_posix(): load_sae(folder) for folder in given.saes}
+    if len(saes) < len(given.saes):
+        raise ValueError("an SAE is given twice: name each folder once")
+    tokens = tokenize(
+        load_texts(given.corpus, given.split), lm.tokenizer, given.context_size, given.rows
+    )
+    study = make(
+        given.out, lm, saes, tokens, given.per_stratum, given.targets, given.seed, given.title
+    )
+    return f"{study.page}: for the raters\n{study.key}: keep it closed until all ratings are in"
+
+
+def _score(given: argparse.Namespace) -> str:
+    found = score(read_key(given.key), given.csv, given.by, given.partial)
+    if given.out:
+        found.write(given.out)
+    return report(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,322 @@
+"""Reading and replacing activations inside a language model, by forward hooks on transformers' own
+modules.
+
+    resid_post   output of block `layer`                                              [batch, positions, d_model]
+    mlp_out      what the MLP adds to the residual stream; Gemma 2: after its post-norm [batch, positions, d_model]
+    attn_out     the heads, concatenated, before the output projection        [batch, positions, n_heads · head_dim]
+
+(The three sites of Gemma Scope, Lieberum et al. 2024, section on the training data.) Transcoders,
+which predict mlp_out, read
+
+    mlp_in               what the MLP gets, after the norm before it              [batch, positions, d_model]
+    mlp_in_before_gain   the same before that norm's gain, as Gemma Scope's transcoders do; Gemma 2 and 3 only
+
+Notable here:
+- a layout is four names of modules. A model whose blocks have other children is refused, with the
+  list of what was found: a hook in the wrong place would give numbers that look right.
+- `capture` stops the forward pass at the last module it needs; `resume_after` starts one behind
+  what is known already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from .lm import LM
+
+SITES = ("resid_post", "mlp_out", "attn_out")
+INPUTS = ("mlp_in", "mlp_in_before_gain")
+
+Key = tuple[str, int]
+"""(site, layer)."""
+
+
+class Layout(NamedTuple):
+    """Where a family of models keeps what the sites need; names of modules."""
+
+    blocks: str
+    """The list of blocks, from the model; each has its MLP as `mlp`."""
+    projection: str
+    """The attention's output projection, from a block; its input is `attn_out`."""
+    mlp: tuple[str, ...]
+    """Modules of a block whose output is `mlp_out`; the first that exists counts."""
+    children: tuple[str, ...]
+    """Every module that a block of this family may have; dropouts do nothing in evaluation and may
+    come on top."""
+
+
+LAYOUTS = {
+    "Llama and Gemma 2": Layout(
+        "model.layers",
+        "self_attn.o_proj",
+        ("post_feedforward_layernorm", "mlp"),
+        (
+            "input_layernorm",
+            "self_attn",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "mlp",
+            "post_feedforward_layernorm",
+        ),
+    ),
+    "GPT-2": Layout("transformer.h", "attn.c_proj", ("mlp",), ("ln_1", "attn", "ln_2", "mlp")),
+    "GPT-NeoX": Layout(
+        "gpt_neox.layers",
+        "attention.dense",
+        ("mlp",),
+        ("input_layernorm", "attention", "post_attention_layernorm", "mlp"),
+    ),
+}
+
+
+def capture(lm: LM, wanted: Iterable[Key], ids: torch.Tensor) -> dict[Key, torch.Tensor]:
+    """Activations at each (site, layer) of `wanted` for the token ids `ids`, shape [batch,
+    positions].
+
+    Returns tensors [batch, positions, width] in the model's dtype and on its device, without
+    gradient. The forward pass ends at the last module needed. No attention mask is used: padding,
+    if any, belongs on the right.
+
+    Raises ValueError for an unknown site, layer or layout, or ids that the model cannot read.
+    """
+    keys = list(dict.fromkeys(wanted))
+    if not keys:
+        raise ValueError(
+            "nothing to capture: give at least one (site, layer), such as ('resid_post', 3)"
+        )
+    ids = lm.check_ids(ids)
+    places = [_locate(lm, site, layer) for site, layer in keys]
+    found: dict[Key, torch.Tensor] = {}
+    handles = []
+
+    def keeper(key: Key) -> Callable[[torch.Tensor], None]:
+        def keep(value: torch.Tensor) -> None:
+            found[key] = value
+            if len(found) == len(keys):
+                raise _Stop
+
+        return keep
+
+    try:
+        for key, place in zip(keys, places, strict=True):
+            handles.append(_attach(place, keeper(key)))
+        with torch.no_grad():
+            lm.model(input_ids=ids, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {key: found[key] for key in keys}
+
+
+@contextmanager
+def splice(
+    lm: LM, site: str, layer: int, fn: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Within it, every forward pass of `lm.model` has `fn(value)` in the place of the value at
+    (site, layer).
+
+    fn: takes [batch, positions, width], returns the same shape and dtype. `fn = lambda x: x`
+    changes no logit (at mlp_in_before_gain, but for rounding).
+
+    Raises ValueError for an unknown site, layer or layout, and, from the forward pass, if `fn`
+    returns another shape or dtype.
+    """
+
+    def replace(value: torch.Tensor) -> torch.Tensor:
+        new = fn(value)
+        if (
+            not isinstance(new, torch.Tensor)
+            or new.shape != value.shape
+            or new.dtype != value.dtype
+        ):
+            given = (
+                f"{tuple(new.shape)} of {new.dtype}"
+                if isinstance(new, torch.Tensor)
+                else type(new).__name__
+            )
+            raise ValueError(
+                f"the function spliced in at {site}, layer {layer}, returned {given}, expected the shape and dtype "
+                f"of its argument: {tuple(value.shape)} of {value.dtype}"
+            )
+        return new
+
+    handle = _attach(_locate(lm, site, layer), replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def watch(lm: LM, site: str, layer: int) -> Iterator[list[torch.Tensor]]:
+    """Within it, a list with the value at (site, layer) of the last forward pass, once that pass
+    has come so far."""
+    seen: list[torch.Tensor] = []
+
+    def keep(value: torch.Tensor) -> None:
+        seen[:] = [value]
+
+    handle = _attach(_locate(lm, site, layer), keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def record_blocks(lm: LM, layers: Iterable[int]) -> Iterator[dict[int, Any]]:
+    """Within it, what each block of `layers` returned in the last forward pass, by layer, for
+    :func:`resume_after`."""
+    _, blocks = _layout(lm.model)
+    found: dict[int, Any] = {}
+
+    def keeper(layer: int) -> Callable[..., None]:
+        def keep(module: torch.nn.Module, args: tuple, output: Any) -> None:
+            found[layer] = output
+
+        return keep
+
+    handles = [blocks[layer].register_forward_hook(keeper(layer)) for layer in set(layers)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def resume_after(lm: LM, layer: int, output: Any) -> Iterator[None]:
+    """Within it, a forward pass computes nothing up to block `layer`, which gives `output`: from
+    :func:`record_blocks` and a pass over the same ids. Hooks on that block run as ever. A `layer`
+    of −1 leaves the pass as it is.
+
+    For passes that differ from a recorded one only from there on. They need use_cache=False.
+    """
+    _, blocks = _layout(lm.model)
+    skipped = blocks[: layer + 1]
+    try:
+        for block in skipped:
+            block.forward = lambda *args, **kwargs: output
+        yield
+    finally:
+        for block in skipped:
+            block.__dict__.pop("forward", None)
+
+
+class _Stop(Exception):
+    """Ends a forward pass from within a hook: everything that was wanted is there."""
+
+
+class _Place(NamedTuple):
+    module: torch.nn.Module
+    is_input: bool
+    """The value is the module's input, not its output."""
+    gain: torch.Tensor | None = None
+    """The value is what the module gets, divided by this."""
+
+
+def _locate(lm: LM, site: str, layer: int) -> _Place:
+    if site not in SITES + INPUTS:
+        raise ValueError(f"unknown site {site!r}: expected one of {', '.join(SITES + INPUTS)}")
+    layout, blocks = _layout(lm.model)
+    if not isinstance(layer, int) or not 0 <= layer < len(blocks):
+        raise ValueError(f"unknown layer {layer!r}: {lm.name} has layers 0 to {len(blocks) - 1}")
+    block = blocks[layer]
+    if site == "resid_post":
+        return _Place(block, is_input=False)
+    if site == "attn_out":
+        return _Place(block.get_submodule(layout.projection), is_input=True)
+    if site == "mlp_in":
+        return _Place(block.mlp, is_input=True)
+    if site == "mlp_in_before_gain":
+        norm = getattr(block, "pre_feedforward_layernorm", None)
+        if type(norm).__name__ not in (
+            "Gemma2RMSNorm",
+            "Gemma3RMSNorm",
+        ):  # whose gain is 1 + weight
+            raise ValueError(
+                f"mlp_in_before_gain is a site of Gemma 2 and Gemma 3, and {lm.name} is neither: take mlp_in"
+            )
+        return _Place(block.mlp, is_input=True, gain=1 + norm.weight.detach().float())
+    return _Place(
+        next(getattr(block, name) for name in layout.mlp if hasattr(block, name)), is_input=False
+    )
+
+
+def _layout(model: torch.nn.Module) -> tuple[Layout, torch.nn.ModuleList]:
+    """The layout of `model`, and its blocks."""
+    for layout in LAYOUTS.values():
+        blocks = _child(model, layout.blocks)
+        if isinstance(blocks, torch.nn.ModuleList) and all(
+            _fits(block, layout) for block in blocks
+        ):
+            return layout, blocks
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module)
+    ]
+    found = [
+        f"{name}: {len(blocks)} × {type(blocks[0]).__name__} with {', '.join(dict(blocks[0].named_children()))}"
+        for name, blocks in lists
+    ] or ["no list of blocks, but " + ", ".join(dict(model.named_children()))]
+    known = [
+        f"{family}: {x.blocks} with {', '.join(x.children)}, and {x.projection}"
+        for family, x in LAYOUTS.items()
+    ]
+    raise ValueError(
+        f"unknown layout of {type(model).__name__}.\nFound:\n  "
+        + "\n  ".join(found)
+        + "\nKnown:\n  "
+        + "\n  ".join(known)
+        + "\nA new family is one more entry of jumprelu.sites.LAYOUTS."
+    )
+
+
+def _child(module: torch.nn.Module, path: str) -> torch.nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _fits(block: torch.nn.Module, layout: Layout) -> bool:
+    children = {name for name, _ in block.named_children() if not name.endswith("dropout")}
+    return (
+        children <= set(layout.children)
+        and _child(block, layout.projection) is not None
+        and "mlp" in children
+    )
+
+
+def _attach(
+    place: _Place, fn: Callable[[torch.Tensor], torch.Tensor | None]
+) -> torch.utils.hooks.RemovableHandle:
+    """Call `fn` with the value whenever the module runs; what it returns, unless None, takes the
+    value's place."""
+
+    def before(module, args):
+        if place.gain is None:
+            new = fn(args[0])
+        else:
+            new = fn((args[0].float() / place.gain).to(args[0].dtype))
+            new = new if new is None else (new.float() * place.gain).to(args[0].dtype)
+        return None if new is None else (new, *args[1:])
+
+    def after(module, args, output):  # a tensor, or a tuple that begins with it
+        if isinstance(output, torch.Tensor):
+            return fn(output)
+        new = fn(output[0])
+        return None if new is None else (new, *output[1:])
+
+    return (
+        place.module.register_forward_pre_hook(before)
+        if place.is_input
+        else place.module.register_forward_hook(after)
+    )

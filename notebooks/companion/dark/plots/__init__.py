@@ -1,0 +1,1 @@
+"""Figures of notebooks 06 and 07."""

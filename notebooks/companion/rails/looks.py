@@ -1,0 +1,90 @@
+"""What the figures of several notebooks share."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib import ticker
+
+from jumprelu.intervals import mean_interval
+
+
+def look_of(text: str) -> dict[str, str]:
+    """Keywords of `Axes.plot` from "colour line marker", such as "3f90da - o": colour in
+    hexadecimal."""
+    color, line, marker = text.split()
+    return {"color": f"#{color}", "linestyle": line, "marker": marker}
+
+
+def error_bars(data: pd.DataFrame) -> list[pd.Series]:
+    """Lengths of the error bars of columns mean, low and high, for `Axes.errorbar`."""
+    return [data["mean"] - data.low, data.high - data["mean"]]
+
+
+def ticks_at(ax: plt.Axes, values: pd.Series) -> None:
+    """Logarithmic x axis, marked at the plotted values: between a few of those, matplotlib's own
+    labels overlap."""
+    ax.set_xscale("log")
+    ax.set_xticks(sorted(values.unique()), [f"{v:g}" for v in sorted(values.unique())])
+    ax.xaxis.set_minor_locator(plt.NullLocator())
+
+
+def seed_curves(ax: plt.Axes, data: pd.DataFrame, y: str, label: str) -> None:
+    """`y` over training tokens: one thin curve per seed, and their mean on top."""
+    mean = data.groupby("tokens")[y].mean()
+    (line,) = ax.plot(mean.index, mean, label=label)
+    for _, rows in data.groupby("seed"):
+        ax.plot(
+            rows.tokens,
+            rows[y],
+            color=line.get_color(),
+            linewidth=0.6,
+            alpha=0.5,
+            linestyle=line.get_linestyle(),
+        )
+    ax.set_xlabel("training tokens")
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(4))
+    ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+
+
+def points_and_mean(ax: plt.Axes, groups: pd.Series, values: pd.Series) -> None:
+    """Each group's points, and their mean with a 95 % t-interval."""
+    for position, (name, rows) in enumerate(values.groupby(groups, sort=False)):
+        found = mean_interval(rows)
+        ax.errorbar(
+            [position],
+            [found.mean],
+            yerr=found.half,
+            marker="D",
+            capsize=5,
+            color=f"C{position}",
+            label=name,
+        )
+        ax.scatter(np.full(len(rows), position) + 0.12, rows, s=12, color=f"C{position}", alpha=0.6)
+    ax.set_xticks(range(groups.nunique()), list(dict.fromkeys(groups)))
+    ax.margins(x=0.25)
+
+
+ARCHITECTURES = {
+    "JumpReLU": "3f90da - o",
+    "JumpReLU, ε falls": "3f90da : X",
+    "TopK": "ffa90e -- s",
+    "TopK, approximate": "b9ac70 -. P",
+    "BatchTopK": "a96b59 -. D",
+    "Gated": "bd1f01 -- ^",
+    "Gated, original": "e76300 : v",
+    "ReLU": "717581 : *",
+}
+
+
+def architecture_look(name: str) -> dict[str, str]:
+    """Colour, line and marker of an architecture, the same in every figure."""
+    if name in ARCHITECTURES:
+        return look_of(ARCHITECTURES[name])
+    number = sum(map(ord, name))
+    return {
+        "color": f"C{number % 10}",
+        "linestyle": ("-", "--", "-.", ":")[number % 4],
+        "marker": "os^DvPX<>*"[number % 10],
+    }

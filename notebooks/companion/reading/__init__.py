@@ -1,0 +1,1 @@
+"""Notebook 09: can the latents be read, and what do they do?"""

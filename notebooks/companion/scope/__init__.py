@@ -1,0 +1,1 @@
+"""Notebook 08: a small Gemma Scope, and the released one."""

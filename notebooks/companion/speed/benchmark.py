@@ -1,0 +1,571 @@
+"""Speed beside other SAE libraries and beside the machine's own: `make benchmark`, or `python -m
+companion.speed.benchmark --help`.
+
+Notable here:
+- all systems run in one process, in turns A B C A B C …, on the same batches with as many threads:
+  a machine that slows down slows all of them. A number is the median over rounds, its spread the
+  quartiles.
+- a step is a whole training step of each system (`peers.py`), and ours is timed at a stated L0,
+  because its cost depends on it.
+- the floor is the encoder's matrix product alone, into memory that is there already: nothing that
+  looks at every latent of every token can be faster. Five of them are what a training step costs
+  where every product is dense (encode, decode, and the gradients: two of the decoder, one of the
+  encoder).
+- memory is measured in processes of their own, one for each row.
+
+How good the SAEs of each system are is the other half: `quality.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import functools
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from jumprelu.architectures import Trainee
+from jumprelu.files import write_json, write_tensors, write_text
+from jumprelu.losses import DENSE
+from jumprelu.recipe import TrainConfig
+from jumprelu.sparse import fast_dtype
+from jumprelu.train import Inputs, _advance, _State, measure_inputs
+
+from ..rails.cache import remember
+from ..rails.figures import MEASURED
+from .peers import DISTRIBUTIONS, Finished, Trainer, peer_trainer, version
+from .quality import (
+    OURS,
+    SETTINGS,
+    Plan,
+    make_plan,
+    quality_table,
+    real_activations,
+    scan_settings,
+    synthetic_activations,
+)
+from .steptime import density_table, profile_step
+
+FLOOR = "floor"
+
+
+class Size(NamedTuple):
+    """What is timed."""
+
+    d_in: int
+    d_sae: int
+    batch: int
+    """Tokens a step."""
+    l0: int
+    """Active latents a token, of ours and of every TopK; how many are active does not change what a
+    dense step costs."""
+    data: str
+    """"real" or "synthetic"."""
+    bandwidth: float = 0.02
+    """ε of our JumpReLU: what lies within it of a threshold is looked at. This is the end of a run
+    in which it falls from 0.1."""
+
+
+SIZES = (Size(256, 4096, 2048, 40, "real"), Size(768, 8192, 1024, 50, "synthetic"))
+QUICK_SIZES = (Size(16, 64, 32, 5, "synthetic"),)
+POOL_BATCHES = 16
+"""Different batches that the timed steps go through."""
+RUN_STEPS = 10_000
+"""Length of the run that the timed steps are said to be part of; only schedules depend on it."""
+WARM = {"steps": 100, "batch_size": 256}
+"""The training that ours have behind them when they are timed; it is not timed."""
+
+
+class System(NamedTuple):
+    """A row of the table. dtype: for ours, the type in which the entries that matter are searched
+    for (`TrainConfig`)."""
+
+    system: str
+    architecture: str
+    dtype: str = "float32"
+
+
+BASELINE = System(OURS, "jumprelu")
+"""What the column `ours_over_this` compares with."""
+
+
+def systems() -> list[System]:
+    """All rows that are timed, in the order of their turns."""
+    ours = [
+        System(OURS, architecture)
+        for architecture in ("jumprelu", "relu", "gated", "topk", "batchtopk")
+    ]
+    ours += [each._replace(dtype="bfloat16") for each in ours if each.architecture != "topk"]
+    dense = ("SAELens", "dictionary_learning")
+    peers = [
+        System(peer, architecture)
+        for peer in dense
+        for architecture in ("jumprelu", "relu", "topk")
+    ]
+    return [*ours, *peers, System("sparsify", "topk")]
+
+
+# ---- activations
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pool:
+    """Raw activations in memory, [n, d_in], in random order; what a training state asks of
+    :class:`Activations`."""
+
+    x: torch.Tensor
+    folder: str = "memory"
+
+    d_in = property(lambda self: self.x.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def rows(self, n: int, seed: int = 0) -> torch.Tensor:
+        return self.x[:n]
+
+    @functools.cached_property
+    def inputs(self) -> Inputs:
+        return measure_inputs(self, torch.device("cpu"))
+
+    def state(self, config: TrainConfig) -> _State:
+        return _State(self, config, torch.device("cpu"), self.inputs)
+
+
+def pool_for(size: Size) -> Pool:
+    n = POOL_BATCHES * size.batch
+    if size.data == "real":
+        return Pool(real_activations("train", Plan.train_rows).rows(n))
+    return Pool(synthetic_activations(n, size.d_in))
+
+
+# ---- ours
+
+
+@torch.no_grad()
+def set_l0(trainee: Trainee, x: torch.Tensor, l0: float) -> None:
+    """Make `l0` latents active on an average token of x, [n, d_in], by a shift of the encoder bias
+    that all latents share.
+
+    BatchTopK has its L0 in training; there it is the threshold for later that is set. TopK needs
+    nothing.
+    """
+    margin = (x - trainee.b_dec) @ trainee.W_enc + trainee.b_enc - trainee.threshold
+    smallest = margin.flatten().topk(round(l0 * len(x))).values[-1]
+    if trainee.config.architecture == "batchtopk":
+        trainee.batch_threshold.copy_(smallest)
+    elif trainee.config.architecture != "topk":
+        trainee.b_enc -= smallest
+
+
+def warm_weights(pool: Pool, config: TrainConfig, l0: float) -> dict[str, torch.Tensor]:
+    """Parameters after a short training that begins and ends at this L0."""
+    state = pool.state(config)
+    sample = pool.x[:1024] / state.input_scale
+    set_l0(state.trainee, sample, l0)
+    batches = pool.x.split(config.batch_size)
+    for step in range(config.steps):
+        _advance(state, batches[step % len(batches)] / state.input_scale, False)
+    set_l0(state.trainee, sample, l0)
+    return {name: tensor.contiguous() for name, tensor in state.trainee.state_dict().items()}
+
+
+def warmed(pool: Pool, size: Size, architecture: str) -> dict[str, torch.Tensor]:
+    """:func:`warm_weights` of an architecture; kept."""
+    config = TrainConfig(
+        architecture, size.d_sae, k=size.l0, bandwidth=size.bandwidth, lr_decay=0.0, **WARM
+    )
+    return remember(warm_weights, pool, config, size.l0)
+
+
+def our_trainer(pool: Pool, size: Size, architecture: str, dtype: str) -> Trainer:
+    """Ours at about `size.l0`: warmed up, then timed with a learning rate so small that the state
+    stays what it is."""
+    config = TrainConfig(
+        architecture,
+        size.d_sae,
+        RUN_STEPS,
+        batch_size=size.batch,
+        k=size.l0,
+        bandwidth=size.bandwidth,
+        lr=1e-9,
+        encoder_dtype=dtype,
+    )
+    state = pool.state(config)
+    state.trainee.load_state_dict(warmed(pool, size, architecture))
+
+    def step(x: torch.Tensor) -> None:
+        _advance(state, x / state.input_scale, False)
+
+    def finish() -> Finished:
+        sae = state.trainee.eval().fold(state.input_scale)
+        state.trainee.train()
+        return Finished(sae, sae)
+
+    def entries(x: torch.Tensor) -> float:
+        layout = state.trainee.layout(x / state.input_scale, config.bandwidth)
+        return float(config.d_sae) if layout is DENSE else len(layout) / len(x)
+
+    return Trainer(step, finish, entries)
+
+
+def make_trainer(row: System, size: Size, pool: Pool) -> Trainer:
+    """The trainer of one row, in its library's recommended configuration."""
+    if row.system == OURS:
+        return our_trainer(pool, size, row.architecture, row.dtype)
+    options = {"k": size.l0} if row.architecture == "topk" else {}
+    return peer_trainer(
+        row.system, row.architecture, size.d_sae, RUN_STEPS, size.batch, pool.x[:4096], **options
+    )
+
+
+def encoder_product(size: Size, dtype: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The floor: the product of a batch with W_enc, in memory that is there already. It takes a
+    batch and looks at its own."""
+    kind = getattr(torch, dtype)
+    x, W_enc = (
+        torch.randn(size.batch, size.d_in).to(kind),
+        torch.randn(size.d_in, size.d_sae).to(kind),
+    )
+    out = torch.empty(size.batch, size.d_sae, dtype=kind)
+    return lambda _: torch.mm(x, W_enc, out=out)
+
+
+# ---- measuring
+
+
+def interleaved(
+    calls: dict[Any, Callable[[torch.Tensor], Any]],
+    batches: Sequence[torch.Tensor],
+    rounds: int,
+    turn: int,
+) -> dict[Any, list[float]]:
+    """Seconds a call takes, one number a round: every round gives each of `calls` a turn of `turn`
+    batches, the same for all."""
+    seconds: dict[Any, list[float]] = {key: [] for key in calls}
+    for number in range(rounds):
+        mine = [batches[(number * turn + i) % len(batches)] for i in range(turn)]
+        for key, call in calls.items():
+            began = time.perf_counter()
+            for x in mine:
+                call(x)
+            seconds[key].append((time.perf_counter() - began) / turn)
+    return seconds
+
+
+def peak_rss() -> int:
+    """Most bytes of memory that this process has had at a time."""
+    import resource  # not on Windows, where the other columns can still be measured
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
+def _steps_memory(row: System, size: Size, path: str, threads: int) -> float:
+    """MiB that three training steps add to a process that has the libraries and the data; run in a
+    process of its own."""
+    torch.set_num_threads(threads)
+    pool = Pool(load_file(path)["x"])
+    tiny = Size(8, 32, 16, 2, "synthetic")
+    make_trainer(row, tiny, Pool(synthetic_activations(64, 8))).step(
+        torch.randn(16, 8)
+    )  # what is loaded at a first step
+    warmed(
+        pool, size, row.architecture
+    ) if row.system == OURS else None  # what is read from disk counts as data
+    pool.inputs  # noqa: B018 (touches all of it)
+    with suppress(OSError):  # Linux: the peak begins here; elsewhere it may have been before
+        Path("/proc/self/clear_refs").write_text("5")
+    with suppress(
+        OSError, AttributeError
+    ):  # without it the steps would begin with memory that is free and yet counted
+        ctypes.CDLL(None).malloc_trim(0)
+    before = psutil.Process().memory_info().rss
+    trainer = make_trainer(row, size, pool)
+    for x in pool.x.split(size.batch)[:3]:
+        trainer.step(x)
+    return (peak_rss() - before) / 2**20
+
+
+def peak_memory(rows: Sequence[System], size: Size, pool: Pool) -> dict[System, float]:
+    """MiB of each of `rows`, see :func:`_steps_memory`."""
+    # one process imports the libraries, each row is measured in a fresh child of it
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["companion.speed.quality", "sae_lens", "dictionary_learning.trainers.top_k", "sparsify"]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        write_tensors(path, {"x": pool.x})
+        found = {}
+        for row in rows:
+            with ProcessPoolExecutor(1, context) as child:
+                found[row] = child.submit(
+                    _steps_memory, row, size, str(path), torch.get_num_threads()
+                ).result()
+    return found
+
+
+COLUMNS = (
+    "task",
+    "system",
+    "architecture",
+    "dtype",
+    "data",
+    "d_in",
+    "d_sae",
+    "batch",
+    "l0",
+    "entries",
+    "tokens_per_s",
+    "tokens_per_s_q1",
+    "tokens_per_s_q3",
+    "peak_mb",
+    "ours_over_this",
+    "times_floor1",
+    "times_floor2",
+    "error",
+)
+
+
+def speed_table(
+    size: Size, pool: Pool, rounds: int, turn: int, memory: bool = True
+) -> pd.DataFrame:
+    """Training and inference of all systems at one size: COLUMNS, a row for each task and system.
+
+    l0: active latents a token in the state timed; entries: those that a training step looks at
+    (d_sae where it is dense); peak_mb: see :func:`_steps_memory`; ours_over_this: speed of BASELINE
+    over the row's; times_floor1, times_floor2: the row's time over that of one and of five float32
+    products. A system that cannot run has the reason in `error`, and no numbers.
+    """
+    batches = pool.x.split(size.batch)
+    trainers: dict[System, Trainer] = {}
+    known: dict[System, dict[str, Any]] = {row: row._asdict() for row in systems()}
+    for row in known:
+        try:
+            trainer = make_trainer(row, size, pool)
+            trainer.step(batches[0])
+        except Exception as error:
+            if row.system == OURS:
+                raise
+            # another library's failure is a result: it is shown, and the others go on
+            known[row]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        else:
+            trainers[row] = trainer
+    with torch.no_grad():
+        finished = {row: trainer.finish() for row, trainer in trainers.items()}
+        for row, trainer in trainers.items():
+            active = finished[row].sae.encode(batches[0]) > 0
+            known[row] |= {
+                "l0": active.sum(-1).float().mean().item(),
+                "entries": trainer.entries(batches[0]),
+            }
+    floors = {
+        System(FLOOR, "one product", dtype): encoder_product(size, dtype)
+        for dtype in ("float32", "bfloat16")
+    }
+    seconds = {
+        "train": interleaved(
+            floors | {row: each.step for row, each in trainers.items()}, batches, rounds, turn
+        )
+    }
+    with torch.no_grad():
+        calls, fast = dict(floors), str(fast_dtype(torch.device("cpu")))[6:]
+        for row in finished:
+            if (
+                row.dtype == "float32"
+            ):  # as all SAEs are; ours look for what is active in the faster type
+                searches = row.system == OURS and row.architecture != "topk"
+                calls[row._replace(dtype=fast if searches else row.dtype)] = finished[
+                    row
+                ].reconstruct
+        seconds["inference"] = interleaved(calls, batches, rounds, turn)
+    used = (
+        peak_memory([row for row in trainers if row.dtype == "float32"], size, pool)
+        if memory
+        else {}
+    )
+    five = {
+        row._replace(architecture="five products"): [5 * each for each in seconds["train"][row]]
+        for row in floors
+    }
+    seconds["train"] = five | seconds["train"]
+
+    table = []
+    for task, measured in seconds.items():
+        baseline = next(
+            row for row in measured if row[:2] == BASELINE[:2]
+        )  # at inference, in the faster type
+        one, ours = (
+            statistics.median(measured[row]) for row in (System(FLOOR, "one product"), baseline)
+        )
+        for row in [*measured, *(row for row in known if "error" in known[row])]:
+            facts = {
+                "task": task,
+                **size._asdict(),
+                "l0": None,
+                **row._asdict(),
+                **known.get(row, {}),
+            }
+            if row in measured:
+                q1, median, q3 = statistics.quantiles(measured[row], n=4, method="inclusive")
+                facts |= {
+                    "tokens_per_s": size.batch / median,
+                    "tokens_per_s_q1": size.batch / q3,
+                    "tokens_per_s_q3": size.batch / q1,
+                    "ours_over_this": median / ours,
+                    "times_floor1": median / one,
+                    "times_floor2": median / (5 * one),
+                }
+            table.append(
+                facts | ({"peak_mb": used.get(row)} if task == "train" else {"entries": None})
+            )
+    return pd.DataFrame(table).reindex(columns=COLUMNS)
+
+
+# ---- ours alone
+
+SHAPES, QUICK_SHAPES = ((1024, 512), (4096, 2048)), ((64, 32),)
+"""(d_sae, batch) at which the time of a step is measured over the density of S."""
+THRESHOLDS = (0.25, 0.16, 0.14, 0.12, 0.105, 0.09, 0.075, 0.06, 0.05)
+
+
+def profile_table(pool: Pool, size: Size, batches: int = 6) -> pd.DataFrame:
+    """:func:`profile_step` of our JumpReLU at `size`, with the search in each type, in the column
+    `search`."""
+    tables = []
+    for search in ("float32", "bfloat16"):
+        config = TrainConfig(
+            d_sae=size.d_sae,
+            steps=RUN_STEPS,
+            batch_size=size.batch,
+            bandwidth=size.bandwidth,
+            lr=1e-9,
+            encoder_dtype=search,
+        )
+        state = pool.state(config)
+        x = pool.rows(batches * size.batch) / state.input_scale
+        set_l0(state.trainee, x[:1024], size.l0)
+        tables.append(profile_step(state, x.split(size.batch)).assign(search=search))
+    return pd.concat(tables, ignore_index=True)
+
+
+# ---- the command
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on: processor, threads, versions; a peer that is not installed has
+    None."""
+    model = platform.processor() or platform.machine()
+    if sys.platform == "darwin":
+        model = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True
+        ).stdout.strip()
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+            model,
+        )
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    known = {name: capabilities.get(name, False) for name in ("avx2", "avx512_bf16", "amx_bf16")}
+    versions = {}
+    for peer in DISTRIBUTIONS:
+        try:
+            versions[peer] = version(peer)
+        except ModuleNotFoundError:
+            versions[peer] = None
+    return {
+        "cpu": model,
+        "cpu_features": [name for name, there in known.items() if there],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__.split("+")[0],
+        "peers": versions,
+    }
+
+
+def shown(table: pd.DataFrame) -> str:
+    return table.to_string(index=False, float_format="{:.4g}".format, na_rep="")
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    write_text(path, table.to_csv(index=False, float_format="%.5g"))
+    print(f"wrote {path}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m companion.speed.benchmark", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--only",
+        choices=("speed", "quality", "scan"),
+        help="one half, or other settings of the libraries; default: both halves",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=8, help="turns of each system (default: %(default)s)"
+    )
+    parser.add_argument("--turn", type=int, default=2, help="steps a turn (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="threads of every system (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="sizes of seconds, for a look at what it does"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=MEASURED, help="folder of the CSVs (default: %(default)s)"
+    )
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    facts = machine() | {"rounds": given.rounds, "turn": given.turn}
+    if given.only in (None, "speed"):
+        sizes = QUICK_SIZES if given.quick else SIZES
+        tables = [speed_table(size, pool_for(size), given.rounds, given.turn) for size in sizes]
+        for size, table in zip(sizes, tables, strict=True):
+            print(f"\n{size}, {given.threads} threads")
+            print(shown(table.drop(columns=["data", "d_in", "d_sae", "batch"])))
+        write_csv(given.out / "benchmark.csv", pd.concat(tables, ignore_index=True))
+        pool, shapes = pool_for(sizes[0]), QUICK_SHAPES if given.quick else SHAPES
+        write_csv(given.out / "benchmark_profile.csv", profile_table(pool, sizes[0]))
+        write_csv(
+            given.out / "benchmark_density.csv",
+            pd.concat([density_table(pool, *shape, THRESHOLDS) for shape in shapes]),
+        )
+        write_json(
+            given.out / "benchmark.json", facts | {"sizes": [size._asdict() for size in sizes]}
+        )
+    if given.only != "speed":
+        scan = given.only == "scan"
+        table = quality_table(make_plan(scan_settings() if scan else SETTINGS, given.quick))
+        print("\n" + shown(table))
+        write_csv(given.out / f"benchmark_{'scan' if scan else 'quality'}.csv", table)
+
+
+if __name__ == "__main__":
+    from .benchmark import (
+        main as run,  # under its own name, which is part of the keys of what is kept
+    )
+
+    run()

@@ -1,0 +1,1 @@
+"""Notebook 01: where the straight-through estimator comes from, and its best bandwidth."""

@@ -1,0 +1,1 @@
+"""Notebook 00: is the shipped language model worth studying?"""

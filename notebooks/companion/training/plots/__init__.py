@@ -1,0 +1,1 @@
+"""Figures of notebooks 02 to 05."""

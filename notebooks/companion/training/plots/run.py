@@ -1,0 +1,146 @@
+"""Figures of notebook 02: training one JumpReLU SAE."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib import ticker
+from matplotlib.figure import Figure
+
+from jumprelu.intervals import mean_interval
+
+from ...rails.figures import MARKERS, use_style
+from ...rails.looks import points_and_mean, seed_curves
+
+use_style()
+
+
+def training(data: pd.DataFrame) -> Figure:
+    """Log rows of several seeds: columns seed, tokens, l0, fvu, dead, sparsity, threshold_p05,
+    _p50, _p95."""
+    fig, axes = plt.subplots(1, 5, figsize=(13, 2.8), layout="constrained")
+    seed_curves(axes[0], data, "sparsity", "λ")
+    axes[0].set(ylabel="price of one active latent", title="λ")
+    for ax, column, title in zip(
+        axes[1:], ("l0", "fvu", "dead"), ("L0", "FVU", "dead latents"), strict=False
+    ):
+        seed_curves(ax, data, column, "mean of seeds")
+        ax.set(ylabel="share" if column == "dead" else title, title=title)
+    axes[1].set_ylim(0, data.l0.quantile(0.98) * 1.3)  # the first steps can be far above
+    axes[2].set_ylim(0, min(1.2, data.fvu.max() * 1.05))
+    axes[3].set_ylim(-0.02, max(0.2, data.dead.max() * 1.2))
+    for quantile, label in (
+        ("threshold_p95", "95 %"),
+        ("threshold_p50", "median"),
+        ("threshold_p05", "5 %"),
+    ):
+        seed_curves(axes[4], data, quantile, label)
+    axes[4].set(ylabel="θ, unit of √E‖x‖²", title="thresholds", ylim=(0, None))
+    axes[4].legend()
+    return fig
+
+
+def diagnostics(data: pd.DataFrame) -> Figure:
+    """Columns seed, tokens, window_share, window_latents, threshold_travel, reconstruction_push,
+    sparsity_push."""
+    fig, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
+    seed_curves(axes[0], data, "window_share", "pre-activations")
+    seed_curves(axes[0], data, "window_latents", "latents with any")
+    axes[0].set(yscale="log", ylabel="share within reach of θ", title="who trains θ")
+    seed_curves(axes[1], data, "threshold_travel", "travel")
+    axes[1].set(ylabel="mean |log θ − log θ_init|, nats", title="how far θ went")
+    seed_curves(axes[2], data[data.sparsity > 0], "reconstruction_push", "reconstruction")
+    seed_curves(axes[2], data[data.sparsity > 0], "sparsity_push", "sparsity")
+    axes[2].set(yscale="log", ylabel="mean |gradient| of θ", title="what pushes θ")
+    axes[0].legend()
+    axes[2].legend()
+    return fig
+
+
+def thresholds(data: pd.DataFrame) -> Figure:
+    """One row a latent: threshold (unit of √E‖x‖²), frequency (share of tokens), initial
+    (θ_init)."""
+    fig, axes = plt.subplots(1, 2, figsize=(7.5, 3), layout="constrained")
+    bins = np.linspace(0.95 * data.threshold.min(), 1.05 * data.threshold.max(), 40)
+    axes[0].hist(data.threshold, bins=bins)
+    axes[0].axvline(data.initial.iloc[0], color="k", linestyle="--", label="θ at the start")
+    axes[0].set(
+        xlim=(0, None),
+        xlabel="θ, unit of √E‖x‖²",
+        ylabel="latents",
+        title="thresholds after training",
+    )
+    axes[0].legend()
+    alive = data[data.frequency > 0]
+    axes[1].scatter(alive.frequency, alive.threshold, s=5, alpha=0.4, linewidths=0)
+    axes[1].set(
+        xscale="log",
+        xlabel="share of tokens on which it fires",
+        ylabel="θ, unit of √E‖x‖²",
+        title="θ and frequency",
+        ylim=(0, None),
+    )
+    return fig
+
+
+def l0_by_token(data: pd.DataFrame) -> Figure:
+    """Columns architecture, l0 (active latents of a token), share (of tokens)."""
+    fig, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+    for name, rows in data.groupby("architecture", sort=False):
+        ax.plot(rows.l0, rows.share, label=name, drawstyle="steps-mid")
+    ax.set(
+        xlabel="active latents of a token",
+        ylabel="share of tokens",
+        xlim=(0, None),
+        title="L0 is not the same for every token",
+    )
+    ax.legend()
+    return fig
+
+
+def shrinkage(data: pd.DataFrame) -> Figure:
+    """One row a run: architecture, l0, fvu, norm_ratio (Σ x·x̂ / Σ‖x̂‖², about the mean)."""
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 3), layout="constrained")
+    for ax, column, label in zip(
+        axes,
+        ("norm_ratio", "fvu", "l0"),
+        ("Σ x·x̂ / Σ ‖x̂‖²  (1: not shrunk)", "FVU", "L0"),
+        strict=True,
+    ):
+        points_and_mean(ax, data.architecture, data[column])
+        ax.set_ylabel(label)
+    axes[0].axhline(1, color="0.4", linewidth=0.8)
+    axes[0].set_title("shrinkage")
+    return fig
+
+
+def bandwidth_tradeoff(data: pd.DataFrame) -> Figure:
+    """One row a run: bandwidth (ε), sparsity (λ), seed, l0, fvu, threshold_travel; mean and 95 %
+    t-interval over seeds."""
+    fig, axes = plt.subplots(1, 4, figsize=(12, 3), layout="constrained")
+    same_price = data[data.sparsity == data.sparsity.min()]
+    panels = (("l0", "L0"), ("fvu", "FVU"), ("threshold_travel", "mean |log θ − log θ_init|, nats"))
+    for position, (ax, (column, label)) in enumerate(zip(axes, panels, strict=False)):
+        points = [
+            (bandwidth, mean_interval(rows[column]))
+            for bandwidth, rows in same_price.groupby("bandwidth")
+        ]
+        ax.errorbar(
+            [x for x, _ in points],
+            [i.mean for _, i in points],
+            yerr=[i.half for _, i in points],
+            marker=MARKERS[position],
+            capsize=3,
+            color=f"C{position}",
+        )
+        ax.set(xscale="log", xlabel="bandwidth ε, same λ", ylabel=label, ylim=(0, None))
+    for marker, (bandwidth, rows) in zip(MARKERS, data.groupby("bandwidth"), strict=False):
+        axes[3].scatter(rows.l0, rows.fvu, label=f"ε = {bandwidth:g}", marker=marker, s=22)
+        if rows.sparsity.nunique() > 1:
+            mean = rows.groupby("sparsity")[["l0", "fvu"]].mean()
+            axes[3].plot(mean.l0, mean.fvu, color="0.4", linewidth=0.8, label="its frontier over λ")
+    axes[3].set(xscale="log", xlabel="L0", ylabel="FVU", title="at equal L0")
+    axes[3].xaxis.set_major_formatter(ticker.ScalarFormatter())
+    axes[3].legend()
+    return fig

@@ -1,0 +1,370 @@
+"""Keys that follow the code, and results that come back as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from companion.rails import cache
+from companion.rails.cache import closure_hash, content, remember, source_closure
+
+SOURCES = {
+    "__init__.py": "from .top import run\nfrom . import base\n",
+    "base.py": '''
+"""Docstring."""
+SCALE = 2
+"""Docstring of a constant."""
+OTHER = 3
+
+def helper(x: int) -> int:
+    """Docstring."""
+    return x * SCALE  # comment
+
+def unrelated(x):
+    return x + OTHER
+
+class Thing:
+    """Docstring."""
+    size: int = 1
+    """Docstring of a field."""
+    fingerprint = "f"
+
+    def method(self):
+        return helper(self.size)
+''',
+    "other.py": "from . import base\nimport numpy as np\n\ndef through_module(x):\n    return base.helper(np.abs(x))\n",
+    "top.py": """
+from .base import Thing, helper as renamed
+
+def run(x):
+    return renamed(x)
+
+def late(x):
+    from .other import through_module
+    return through_module(x)
+
+def by_class():
+    return Thing().method()
+
+def whole():
+    from . import base
+    return getattr(base, "unre" + "lated")(1)
+
+def by_package(x):
+    import {package} as jr
+    return jr.run(x)
+
+def alone(x):
+    return x
+
+if __name__ == "__main__":
+    alone(unused)
+""",
+}
+NAMES = ("run", "late", "by_class", "whole", "by_package", "alone")
+
+
+@pytest.fixture
+def hashes(tmp_path, monkeypatch):
+    """hashes(file, old, new) writes a toy package with one edit and gives the hash of each function
+    of top.py."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+
+    def write_and_hash(file="", old="", new=""):
+        package = "toy"  # one name, so that all hashes can be compared
+        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+            del sys.modules[name]
+        folder = tmp_path / package
+        folder.mkdir(exist_ok=True)
+        for name, source in SOURCES.items():
+            if name == file:
+                assert old in source
+                source = source.replace(old, new)
+            (folder / name).write_text(source.replace("{package}", package))
+        return {
+            name: source_closure(f"from toy.top import {name}\n{name}()", package) for name in NAMES
+        }
+
+    yield write_and_hash
+    for name in [name for name in sys.modules if name.split(".")[0] == "toy"]:
+        del sys.modules[name]
+
+
+def changed(hashes, *edit):
+    before, after = hashes(), hashes(*edit)
+    return {name for name in NAMES if before[name] != after[name]}
+
+
+def test_comments_docstrings_and_hints_do_not_count(hashes):
+    assert changed(hashes, "base.py", "# comment", "# another") == set()
+    assert changed(hashes, "base.py", "Docstring", "Words") == set()
+    assert changed(hashes, "base.py", "x: int) -> int", "x: float) -> float") == set()
+    assert changed(hashes, "base.py", "x * SCALE", "x  *  ( SCALE )") == set()
+
+
+def test_a_function_changes_what_depends_on_it_and_nothing_else(hashes):
+    assert changed(hashes, "base.py", "return x * SCALE", "return SCALE + x") == set(NAMES) - {
+        "alone"
+    }
+    assert changed(hashes, "base.py", "SCALE = 2", "SCALE = 4") == set(NAMES) - {"alone"}
+    assert changed(hashes, "top.py", "return renamed(x)", "return renamed(x) + 1") == {
+        "run",
+        "by_package",
+    }
+    assert changed(hashes, "other.py", "np.abs(x)", "np.sin(x)") == {"late"}
+    assert changed(hashes, "base.py", "size: int = 1", "size: int = 2") == {"by_class", "whole"}
+    assert changed(
+        hashes, "base.py", "return helper(self.size)", "return 1 + helper(self.size)"
+    ) == {"by_class", "whole"}
+    assert changed(hashes, "base.py", "return x + OTHER", "return x - OTHER") == {"whole"}
+    assert changed(hashes, "top.py", "alone(unused)", "alone(1)") == set()
+
+
+def test_a_statement_that_binds_nothing_counts_for_its_whole_module(hashes):
+    assert changed(hashes, "base.py", "OTHER = 3", "OTHER = 3\nprint()") == set(NAMES) - {"alone"}
+
+
+def test_a_name_that_cannot_be_resolved_counts_as_the_whole_package(hashes, tmp_path):
+    hashes()
+    source = "import toy as jr\njr.made_at_run_time()"
+    before = source_closure(source, "toy")
+    hashes("base.py", "return x + OTHER", "return x - OTHER")
+    assert source_closure(source, "toy") != before
+
+
+def test_a_module_that_is_missing_is_left_to_its_import(hashes):
+    assert changed(hashes, "top.py", "from .other import", "from .missing import") == {"late"}
+
+
+def test_closure_hash_is_that_of_the_real_package():
+    from jumprelu import estimators
+
+    assert closure_hash(estimators.jump_relu) != closure_hash(estimators.step)
+    assert closure_hash(estimators.jump_relu) == source_closure(
+        "from jumprelu.estimators import jump_relu as f\nf(1)"
+    )
+
+
+@pytest.mark.parametrize("fn", [lambda x: x, torch.nn.ReLU(), (lambda: lambda: 0)()])
+def test_what_has_no_name_is_refused(fn):
+    with pytest.raises(TypeError, match="top level of a module"):
+        closure_hash(fn)
+
+
+# ---- arguments ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    steps: int = 1
+
+
+class Holder:
+    def __init__(self, fingerprint):
+        self.fingerprint = fingerprint
+
+
+def test_contents_differ_where_the_values_do(tmp_path):
+    file = tmp_path / "a"
+    values = [
+        None,
+        True,
+        1,
+        1.5,
+        "1",
+        [1],
+        [1.0],
+        {"a": 1},
+        {"a": 2},
+        Config(1),
+        Config(2),
+        Holder("a"),
+        Holder("b"),
+        torch.zeros(2),
+        torch.zeros(2, 1),
+        torch.zeros(2).bfloat16(),
+        torch.tensor(0.0),
+        torch.tensor([0.0, 1.0]),
+        np.zeros(2),
+        np.zeros(2, dtype=np.float32),
+        pd.DataFrame({"a": [1]}),
+        pd.DataFrame({"b": [1]}),
+        pd.DataFrame({"a": [2]}),
+        torch.float32,
+        torch.device("cpu"),
+        closure_hash,
+        content,
+    ]
+    seen = [cache.digest(content(value)) for value in values]
+    assert len(set(seen)) == len(values)
+    assert seen == [cache.digest(content(value)) for value in values]
+    file.write_text("one")
+    one, folder = content(file), content(tmp_path)
+    file.write_text("two")
+    assert content(file) != one and content(tmp_path) != folder
+    assert content(torch.arange(4).reshape(2, 2).T) != content(torch.arange(4).reshape(2, 2))
+
+
+def test_an_instance_brings_the_code_of_its_class(hashes):
+    hashes()
+    import toy.base
+
+    thing = toy.base.Thing()
+    before = content(thing, "toy")
+    hashes("base.py", "return x + OTHER", "return x - OTHER")
+    assert content(thing, "toy") == before
+    hashes("base.py", "return helper(self.size)", "return 0")
+    assert content(thing, "toy") != before
+
+
+@pytest.mark.parametrize("value", [object(), torch.nn.Linear(1, 1), {1, 2}, [object()]])
+def test_an_argument_of_unknown_content_is_refused(value):
+    with pytest.raises(TypeError, match="cannot tell the content"):
+        content(value)
+
+
+# ---- results ----
+
+calls: list[str] = []
+
+
+class Result(NamedTuple):
+    table: pd.DataFrame
+    value: float
+
+
+def table(rows: int, scale: float = 0.1) -> pd.DataFrame:
+    calls.append("table")
+    return pd.DataFrame({"x": np.arange(rows) * scale, "name": [f"r{i}" for i in range(rows)]})
+
+
+def mixed(x: float) -> dict:
+    calls.append("mixed")
+    nan = float("nan")
+    return {
+        "z": [1, 2.5, None, True, "s"],
+        "a": Result(table(2), np.float64(x)),
+        "t": (1, 2),
+        "nan": nan,
+        "d": {"t": table(1)},
+    }
+
+
+def into_folder(text: str, out: Path | None = None) -> str:
+    calls.append("into_folder")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / text).touch()
+    return out.name
+
+
+def no_result() -> np.ndarray:
+    return np.zeros(2)
+
+
+def tensors() -> list:
+    calls.append("tensors")
+    x = torch.arange(6).reshape(2, 3).bfloat16()
+    return [x, x.T, {"scalar": torch.tensor(1.5)}]
+
+
+def bad_table() -> pd.DataFrame:
+    return pd.DataFrame({"mixed": [1, "a", object()]})
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUMPRELU_CACHE", str(tmp_path / "cache"))
+    calls.clear()
+
+
+def test_a_table_is_computed_once(caplog):
+    caplog.set_level(logging.INFO, "jumprelu")
+    first, second = remember(table, 3), remember(table, rows=3, scale=0.1)
+    assert calls == ["table"]
+    pd.testing.assert_frame_equal(first, second)
+    assert "computed table" in caplog.text and "reused table" in caplog.text
+    remember(table, 4)
+    assert calls == ["table", "table"]
+
+
+def test_fresh_and_reused_results_are_equal():
+    first = remember(mixed, 1.5)
+    n_calls = len(calls)
+    second = remember(mixed, 1.5)
+    assert len(calls) == n_calls
+    assert (
+        list(first) == ["z", "a", "t", "nan", "d"]
+        and first["z"] == [1, 2.5, None, True, "s"]
+        and first["t"] == (1, 2)
+    )
+    assert (
+        isinstance(first["a"], Result) and first["a"].value == 1.5 and first["nan"] != first["nan"]
+    )
+    pd.testing.assert_frame_equal(first["a"].table, second["a"].table)
+    pd.testing.assert_frame_equal(first["d"]["t"], table(1))
+
+
+def test_tensors_come_back_as_they_were():
+    for result in (remember(tensors), remember(tensors)):
+        x, transposed, scalar = result
+        assert (
+            x.dtype == torch.bfloat16
+            and torch.equal(x, torch.arange(6).reshape(2, 3))
+            and torch.equal(transposed, x.T)
+        )
+        assert scalar["scalar"].shape == () and scalar["scalar"] == 1.5
+    assert calls == ["tensors"]
+
+
+def test_the_threads_are_part_of_the_key():
+    threads = torch.get_num_threads()
+    one = cache.result_key(table, {"rows": 1})
+    torch.set_num_threads(threads + 1)
+    two = cache.result_key(table, {"rows": 1})
+    torch.set_num_threads(threads)
+    assert one != two and one == cache.result_key(table, {"rows": 1})
+
+
+def test_a_function_with_out_keeps_its_own_folder():
+    first, second, other = (
+        remember(into_folder, "a"),
+        remember(into_folder, "a"),
+        remember(into_folder, "b"),
+    )
+    assert first == second != other and calls == ["into_folder"] * 3
+    assert (cache.cache_root() / "results" / first / "a").exists()
+    with pytest.raises(TypeError, match="chooses the folder"):
+        remember(into_folder, "a", out=Path("x"))
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [(no_result, r"\.item\(\) or \.tolist\(\)"), (bad_table, "one type a column")],
+)
+def test_a_result_that_cannot_be_kept_is_refused_and_leaves_nothing(fn, message):
+    with pytest.raises(TypeError, match=message):
+        remember(fn)
+    assert not list(cache.cache_root().rglob("result.json"))
+
+
+def test_an_unfinished_folder_is_computed_again():
+    remember(table, 3)
+    (stored,) = cache.cache_root().rglob("result.json")
+    stored.unlink()
+    remember(table, 3)
+    assert calls == ["table", "table"]
+
+
+def test_a_class_from_elsewhere_is_not_made():
+    remember(mixed, 1.5)
+    (stored,) = cache.cache_root().rglob("result.json")
+    stored.write_text(stored.read_text().replace(f"{__name__}:Result", "os:stat_result"))
+    with pytest.raises(TypeError, match="which is not of the package"):
+        remember(mixed, 1.5)

@@ -1,0 +1,326 @@
+"""Decompositions against errors in memory and against what they must be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jumprelu.activations import activations_from_tensor, add_shard, open_activations, start_store
+from jumprelu.dark import darkmatter
+from jumprelu.dark.darkmatter import (
+    NORMS,
+    TokenNorms,
+    breakdown,
+    decompose,
+    linear_controls,
+    linear_error,
+    nonlinear_error,
+    predict_scalar,
+    regress_errors,
+    split,
+    stream,
+)
+from jumprelu.intervals import bootstrap
+from jumprelu.sae import SAE
+
+D_IN, DOCUMENTS, OF_EACH = 6, 40, 50
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def direct(x, y, bias=True):
+    """Least squares on all rows at once, by a QR decomposition."""
+    ones = torch.ones(len(x), 1, dtype=torch.float64)
+    solution = torch.linalg.lstsq(
+        torch.cat([x, ones], 1) if bias else x, y, driver="gelsd"
+    ).solution
+    return (
+        (solution[:-1], solution[-1])
+        if bias
+        else (solution, torch.zeros(y.shape[1], dtype=torch.float64))
+    )
+
+
+# ---- documents and decompositions
+
+
+@pytest.fixture(scope="module")
+def acts(tmp_path_factory):
+    g = generator(8)
+    x = torch.randn(DOCUMENTS * OF_EACH, D_IN, generator=g) @ torch.randn(D_IN, D_IN, generator=g)
+    document = torch.arange(DOCUMENTS).repeat_interleave(OF_EACH) * 3 + 11
+    x += (
+        torch.randn(DOCUMENTS, D_IN, generator=g).repeat_interleave(OF_EACH, 0) + 2
+    )  # documents differ
+    return activations_from_tensor(
+        x, tmp_path_factory.mktemp("acts") / "store", document, shard_rows=333
+    )
+
+
+@pytest.fixture(scope="module")
+def sae():
+    g = generator(2)
+    atoms = torch.randn(16, D_IN, generator=g)
+    atoms /= atoms.norm(dim=-1, keepdim=True)
+    return SAE(
+        atoms.T * 0.7, torch.zeros(16), atoms, torch.full((D_IN,), 0.3), torch.full((16,), 0.4)
+    )
+
+
+def whole(acts):
+    shards = list(acts.shards())
+    return torch.cat([shard.activations for shard in shards]), torch.cat(
+        [shard.document for shard in shards]
+    )
+
+
+def test_documents_are_split_whole(acts):
+    parts = split(acts, test_share=0.25, folds=3)
+    assert (parts.fold < 0).sum() == 10 and torch.bincount(
+        parts.fold[parts.fold >= 0]
+    ).tolist() == [10, 10, 10]
+    x, document = whole(acts)
+    streams = {which: list(stream(acts, parts, which)) for which in ("fit", "test", "all")}
+    seen = {
+        which: torch.cat([parts.documents[rows.document] for rows in blocks])
+        for which, blocks in streams.items()
+    }
+    assert not set(seen["fit"].tolist()) & set(seen["test"].tolist())
+    assert torch.equal(torch.cat([rows.x for rows in streams["all"]]), x) and torch.equal(
+        seen["all"], document.long()
+    )
+    assert len(seen["fit"]) + len(seen["test"]) == len(x)
+    assert torch.equal(split(acts, 0.25, 3).fold, parts.fold)
+    assert not torch.equal(split(acts, 0.25, 3, seed=1).fold, parts.fold)
+
+
+@pytest.mark.parametrize("share, folds", [(0.01, 2), (0.9, 5)])
+def test_too_few_documents(acts, share, folds):
+    with pytest.raises(
+        ValueError, match="40 documents with tokens from position 0 on, .* are too few"
+    ):
+        split(acts, share, folds)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_decomposition_against_errors_in_memory(acts, sae, bias):
+    parts = split(acts, folds=2)
+    found, tokens = decompose(
+        acts, {"other": torch.zeros_like, "sae": sae}, parts, bias, ridges=(0.0,)
+    )
+    x, document = whole(acts)
+    fold = parts.fold[torch.searchsorted(parts.documents, document.long())]
+    fitting, testing = fold >= 0, fold < 0
+    x_hat = sae(x).detach().double()
+    x = x.double()
+    error = x - x_hat
+    weight, offset = direct(x[fitting], error[fitting], bias)
+    assert torch.allclose(found["sae"].linear.weight, weight, rtol=1e-8, atol=1e-10)
+    assert torch.allclose(found["sae"].linear.bias, offset, rtol=1e-8, atol=1e-10)
+    linear = x @ weight + offset
+    nonlinear = error - linear
+    assert torch.allclose(tokens.error[:, 1].double(), error.norm(dim=-1), rtol=1e-6)
+    assert torch.allclose(tokens.nonlinear[:, 1].double(), nonlinear.norm(dim=-1), rtol=1e-5)
+    assert torch.equal(tokens.fold, fold)
+
+    test, once = found["sae"].test, torch.ones(1, (parts.fold < 0).sum(), dtype=torch.float64)
+    left = nonlinear[testing].square()
+    total = (error[testing] - error[testing].mean(0)).square()
+    variance = (x[testing] - x[testing].mean(0)).square().sum()
+    assert test.fvu(once).item() == pytest.approx(
+        (error[testing].square().sum() / variance).item(), rel=1e-9
+    )
+    assert test.fvu_nonlinear(once).item() == pytest.approx(
+        (left.sum() / variance).item(), rel=1e-7
+    )
+    assert test.vector_r2(once).item() == pytest.approx(
+        1 - (left.sum() / total.sum()).item(), rel=1e-7
+    )
+    assert test.vector_r2(once, pooled=False).item() == pytest.approx(
+        1 - (left.sum(0) / total.sum(0)).mean().item(), rel=1e-7
+    )
+    for name, vector in zip(NORMS, (x, x_hat, error, linear, nonlinear), strict=True):
+        square = vector.square().sum(-1, keepdim=True)
+        weight, offset = direct(x[fitting], square[fitting], bias)
+        missed = (square - x @ weight - offset)[testing].square().sum()
+        expected = 1 - missed / (square[testing] - square[testing].mean()).square().sum()
+        assert test.norm_r2(once, name).item() == pytest.approx(
+            expected.item(), rel=1e-6, abs=1e-9
+        ), name
+
+
+def test_nonlinear_error_is_what_is_not_linear_in_the_sae_itself(acts, sae):
+    """x is among the regressors: the residuals of x − Sae(x) and of −Sae(x) are the same."""
+    found, _ = decompose(acts, {"sae": sae}, split(acts), ridges=(0.0,))
+    x, document = whole(acts)
+    parts = split(acts)
+    fitting = parts.fold[torch.searchsorted(parts.documents, document.long())] >= 0
+    weight, offset = direct(x[fitting].double(), sae(x[fitting]).detach().double())
+    expected = -(sae(x).detach().double() - x.double() @ weight - offset)
+    left = nonlinear_error(x.double(), lambda v: sae(v.float()).double(), found["sae"].linear)
+    assert torch.allclose(left, expected, atol=1e-9) and left.norm() > 1
+
+
+def test_what_is_linear_has_no_nonlinear_error(acts):
+    saes = {"dead": lambda x: torch.full_like(x, 0.7), "shrunk": lambda x: 0.6 * x + 0.1}
+    found, _ = decompose(acts, saes, split(acts))
+    once = torch.ones(1, len(found["dead"].test.tokens), dtype=torch.float64)
+    for name in saes:
+        test = found[name].test
+        assert (
+            test.fvu(once) > 0.1
+            and test.fvu_nonlinear(once).abs() < 1e-12
+            and test.vector_r2(once) > 1 - 1e-12
+        ), name
+
+
+def test_what_has_nothing_to_do_with_x_is_not_predicted(acts):
+    def noise(x):
+        return x - torch.sin(1e4 * x)  # depends on x, and not to be seen as a linear function of it
+
+    found, _ = decompose(acts, {"noise": noise}, split(acts))
+    test = found["noise"].test
+    once = torch.ones(1, len(test.tokens), dtype=torch.float64)
+    assert abs(test.vector_r2(once).item()) < 0.05 and abs(test.norm_r2(once).item()) < 0.05
+    assert test.norm_r2(once, "x") > 0.2
+
+
+def test_parts_add_up(acts, sae):
+    found, _ = decompose(acts, {"sae": sae}, split(acts))
+    x, linear = whole(acts)[0], found["sae"].linear
+    assert torch.allclose(
+        sae(x) + linear_error(x, linear) + nonlinear_error(x, sae, linear), x, atol=1e-5
+    )
+    assert linear_error(x, linear).dtype == x.dtype
+
+
+def test_sums_that_do_not_fit_are_taken_in_turns(acts, sae, monkeypatch):
+    """Results do not depend on how many SAEs are decomposed at a time."""
+    saes = {"sae": sae, "half": lambda x: 0.5 * sae(x), "dead": torch.zeros_like}
+    together, norms = decompose(acts, saes, split(acts))
+    monkeypatch.setattr(darkmatter, "MEMORY", 1)
+    apart, norms_apart = decompose(acts, saes, split(acts))
+    assert list(apart) == list(saes) and next(sae.parameters()).device.type == "cpu"
+    for name in saes:
+        assert torch.allclose(
+            together[name].linear.weight, apart[name].linear.weight, rtol=1e-9, atol=1e-12
+        )
+        assert together[name].ridge == apart[name].ridge
+        for one, other in zip(together[name].test, apart[name].test, strict=True):
+            assert torch.allclose(one, other, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(norms.error, norms_apart.error) and torch.allclose(
+        norms.nonlinear, norms_apart.nonlinear, atol=1e-6
+    )
+
+
+def test_positions_before_the_start_do_not_count(acts, sae, tmp_path):
+    index = start_store(
+        tmp_path, dict(acts.index["request"]), None, D_IN, len(acts.index["shards"])
+    )
+    at = 0
+    for number, shard in enumerate(acts.shards()):
+        position = (torch.arange(at, at + len(shard.ids)) % OF_EACH).int()
+        position[shard.document == 11] = 3  # this document has no later ones
+        add_shard(tmp_path, index, number, shard._replace(position=position))
+        at += len(shard.ids)
+    store = open_activations(tmp_path)
+    parts = split(store, start=20)
+    assert len(parts.documents) == DOCUMENTS - 1 and 11 not in parts.documents.tolist()
+    seen = torch.cat([rows.x for rows in stream(store, parts)])
+    x, document = whole(acts)
+    kept = (torch.arange(len(x)) % OF_EACH >= 20) & (document != 11)
+    assert torch.equal(seen, x[kept])
+    found = decompose(store, {"sae": sae}, parts)[0]["sae"].test
+    assert found.tokens.tolist() == [OF_EACH - 20] * int((parts.fold < 0).sum())
+
+
+def test_documents_that_the_split_does_not_know(acts, tmp_path):
+    other = activations_from_tensor(whole(acts)[0], tmp_path / "other", whole(acts)[1] + 1)
+    with pytest.raises(ValueError, match="has documents that the split does not know"):
+        list(stream(other, split(acts)))
+
+
+def test_breakdown_of_a_known_law():
+    widths = [64, 128, 256, 512, 1024]
+    fvu = [0.12 + 3.0 * w**-0.5 for w in widths]
+    found = breakdown(widths, fvu, [0.05, 0.06, 0.05, 0.04, 0.05])
+    assert found.law.offset == pytest.approx(
+        0.12, abs=1e-5
+    ) and found.law.exponent == pytest.approx(0.5, abs=1e-4)
+    assert found.absent + found.linear + found.nonlinear == pytest.approx(found.fvu)
+    assert found.nonlinear == pytest.approx([0.05] * 5) and found.linear == pytest.approx(
+        [0.07] * 5, abs=1e-5
+    )
+
+
+def tokens_of(n, documents=50):
+    document = torch.arange(n) % documents
+    empty = torch.empty(0)
+    return TokenNorms(
+        empty, empty, empty, document, torch.where(document < 30, document % 3, -1), document
+    )
+
+
+def r2(*args, **options):
+    found = predict_scalar(*args, **options)
+    return bootstrap(found.r2, len(found.tokens))
+
+
+def test_a_number_by_token_from_features():
+    g = generator(3)
+    features = torch.randn(20_000, 2, generator=g).double()
+    y = 3 + 2 * features[:, 0] + torch.randn(20_000, generator=g)  # 4 parts of 5 are explained
+    tokens = tokens_of(20_000)
+    found = r2(y, features[:, :1], tokens)
+    assert found.mean == pytest.approx(0.8, abs=0.02) and found.low < 0.8 < found.high
+    assert abs(r2(y, features[:, 1:], tokens).mean) < 0.01
+    assert r2(3 + 2 * features[:, 0], features[:, :1], tokens).mean == pytest.approx(1)
+    given = r2(
+        y + features[:, 1], features[:, 1:], tokens, given=features[:, :1]
+    )  # 1 part of what is left of 2
+    assert given.mean == pytest.approx(0.5, abs=0.02)
+    y[::7] = float("nan")
+    assert r2(y, features[:, :1], tokens).mean == pytest.approx(0.8, abs=0.02)
+
+
+def test_controls_are_what_their_names_say(acts):
+    parts = split(acts)
+    controls = linear_controls(acts, parts, [2, D_IN])
+    x = torch.cat([rows.x for rows in stream(acts, parts, "fit")]).double()
+    mean = x.mean(0)
+    assert torch.allclose(controls["mean only"](x), mean.expand_as(x))
+    assert torch.allclose(controls["shrunk by half"](x), (x + mean) / 2)
+    assert torch.allclose(controls[f"{D_IN} principal components"](x), x)
+    values = torch.linalg.svdvals(x - mean).square()
+    assert (controls["2 principal components"](x) - x).square().sum() == pytest.approx(
+        values[2:].sum().item()
+    )
+    found, _ = decompose(acts, controls, parts)
+    for name in ("mean only", "shrunk by half", "2 principal components"):
+        assert found[name].test.vector_r2(torch.ones(1, 16, dtype=torch.float64)) > 1 - 1e-9, name
+
+
+def test_errors_from_another_place(acts, sae, tmp_path):
+    """The source knows the nonlinear error and half of the coordinates of x, and nothing else."""
+    parts = split(acts)
+    linear = decompose(acts, {"sae": sae}, parts)[0]["sae"].linear
+    x, document = whole(acts)
+    nonlinear = nonlinear_error(x, sae, linear)
+    known = torch.cat([nonlinear * 3 + 1, x[:, :3]], -1)
+    source = activations_from_tensor(known, tmp_path / "source", document, shard_rows=333)
+    found = regress_errors(acts, sae, linear, source, lambda v: v, parts, ridges=(0.0,))
+    once = torch.ones(1, len(found["error"].tokens), dtype=torch.float64)
+    assert found["nonlinear"].r2(once).item() == pytest.approx(1, abs=1e-6)
+    fold = parts.fold[torch.searchsorted(parts.documents, document.long())]
+    weight, offset = direct(known[fold >= 0].double(), linear(x[fold >= 0]))
+    expected, test = linear(x[fold < 0]), known[fold < 0].double() @ weight + offset
+    r2 = 1 - (expected - test).square().sum() / (expected - expected.mean(0)).square().sum()
+    assert found["linear"].r2(once).item() == pytest.approx(r2.item(), rel=1e-4) and 0.1 < r2 < 0.95
+    assert regress_errors(acts, sae, linear, acts, lambda v: v, parts)["linear"].r2(
+        once
+    ).item() == pytest.approx(1, abs=1e-6)
+    shuffled = activations_from_tensor(known, tmp_path / "other", document.flip(0), shard_rows=333)
+    with pytest.raises(ValueError, match="different tokens"):
+        regress_errors(acts, sae, linear, shuffled, lambda v: v, parts)

@@ -1,0 +1,454 @@
+"""Scores of explanations by hand, baselines, statistics, and the study on a small model."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from jumprelu.corpus import Tokens
+from jumprelu.latents.contexts import Choice, collect
+from jumprelu.latents.explain import Explanation, Windows
+from jumprelu.latents.interp import (
+    SCORES,
+    activations,
+    binned,
+    classified,
+    detection,
+    difference,
+    directions,
+    explain_all,
+    fresh,
+    fuzzing,
+    neurons,
+    pearson,
+    random_directions,
+    random_weights,
+    sample_latents,
+    score,
+    split_documents,
+    study,
+    summary,
+    windows,
+)
+from jumprelu.lm import LM
+from jumprelu.sae import SAE, Origin
+from tests.models import random_ids, tiny_model, tiny_tokenizer
+
+PLACE = ("resid_post", 0)
+
+
+def test_bins_and_correlation_by_hand():
+    np.testing.assert_array_equal(binned(np.array([0, 0.1, 1.9, 4, 3.8]), 4.0), [0, 0, 5, 10, 10])
+    np.testing.assert_array_equal(binned(np.array([0.0, 0.0]), 0.0), [0, 0])
+    assert pearson([0, 1, 2, 3], [0, 2, 4, 6]) == pytest.approx(1)
+    assert pearson([0, 0, 1, 1], [0, 1, 0, 1]) == pytest.approx(0)
+    assert pearson([1, 2, 3], [3, 1, 2]) == pytest.approx(
+        -0.5
+    )  # deviations (−1, 0, 1) and (1, −1, 0): −1/2
+    assert (
+        pearson([0, 1, 5], [2, 2, 2]) == 0
+        and np.isnan(pearson([3, 3], [0, 1]))
+        and np.isnan(pearson([], []))
+    )
+
+
+def test_balanced_accuracy_and_f1_by_hand():
+    true = [True, True, True, True, False, False]
+    said = [True, True, True, False, True, False]
+    found = classified(true, said)  # 3 of 4, 1 of 2; precision 3/4, recall 3/4
+    assert found.balanced_accuracy == pytest.approx(
+        (3 / 4 + 1 / 2) / 2
+    ) and found.f1 == pytest.approx(3 / 4)
+    assert classified([True, False], [False, False]) == (0.5, 0.0)
+    assert all(np.isnan(classified([True, True], [True, False])))
+
+
+ACTS = np.array([[0, 2.0, 0, 0], [0, 0, 0, 0], [3.0, 3.0, 0, 0], [0, 0, 0, 0]])
+
+
+def test_detection_by_hand():
+    predicted = np.array(
+        [[0, 0, 5, 0], [0, 0, 0, 2], [1, 0, 0, 0], [0, 0, 0, 0]]
+    )  # where in the window does not matter
+    assert detection(ACTS, predicted, 1.0) == (
+        pytest.approx((1 + 1 / 2) / 2),
+        pytest.approx(2 * 2 / (2 + 3)),
+    )
+    assert detection(ACTS, predicted, 2.0) == (
+        pytest.approx((1 / 2 + 1 / 2) / 2),
+        pytest.approx(2 * 1 / (2 + 2)),
+    )
+    assert detection(ACTS, predicted, 3.0).balanced_accuracy == pytest.approx((1 / 2 + 1) / 2)
+
+
+def test_fuzzing_by_hand():
+    real = np.ones_like(ACTS, bool)
+    perfect = ACTS.copy()
+    assert fuzzing(ACTS, perfect, real) == (1, 1)
+    assert fuzzing(ACTS, perfect, real, wrong="active") == (1, 1)
+    # the right windows and the wrong tokens: detection is perfect, and no marks are called right
+    shifted = np.array([[0, 0, 2.0, 0], [0, 0, 0, 0], [0, 0, 3.0, 3.0], [0, 0, 0, 0]])
+    assert detection(ACTS, shifted, 1.0).balanced_accuracy == 1 and fuzzing(
+        ACTS, shifted, real
+    ) == (0.5, 0)
+    # the whole window alike: equal at marks and elsewhere, so marks are never right
+    assert fuzzing(ACTS, np.full(ACTS.shape, 4.0), real).balanced_accuracy == 0.5
+    # two tokens are marked in each silent window (1.5 on average), where only two are real and
+    # predicted
+    real = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 1]], bool)
+    trap = ACTS + np.array([[0, 0, 0, 0], [9, 9, 0, 0], [0, 0, 0, 0], [0, 0, 9, 9]])
+    assert fuzzing(ACTS, trap, real) == (0.5, pytest.approx(2 * 2 / (2 + 4)))
+    with pytest.raises(ValueError, match="'silent' or 'active'"):
+        fuzzing(ACTS, trap, real, wrong="both")
+
+
+def test_marks_on_the_wrong_tokens_of_active_windows_tell_tokens_from_windows():
+    rng = np.random.default_rng(0)
+    acts = np.where(rng.random((400, 20)) < 0.1, rng.exponential(size=(400, 20)), 0)
+    acts[::2] = 0
+    real = np.ones_like(acts, bool)
+    somewhere = np.where(
+        (acts > 0).any(1)[:, None], rng.random(acts.shape), 0
+    )  # knows the windows, not the tokens
+    assert fuzzing(acts, somewhere, real, wrong="active").balanced_accuracy == pytest.approx(
+        0.5, abs=0.06
+    )
+    assert fuzzing(acts, somewhere, real, wrong="silent").balanced_accuracy == pytest.approx(
+        0.75, abs=0.06
+    )
+    early = np.tile(
+        np.arange(20.0)[::-1], (400, 1)
+    )  # knows neither; wrong marks are as likely late as early
+    assert fuzzing(acts, early, real, wrong="silent").balanced_accuracy == pytest.approx(
+        0.5, abs=0.08
+    )
+
+
+def test_a_score_leaves_out_padding_and_windows_without_a_prediction():
+    tokens = np.array([[5, 6, 7, -1], [5, 6, 7, 8], [5, 6, 7, 8]])
+    acts = np.array([[0, 4.0, 0, 0], [0, 0, 0, 0], [8.0, 0, 0, 0]])
+    predicted = np.array([[0, 5, 0, 99], [0, 0, 0, 0], [np.nan, 1, 1, 1]])
+    found = score(Windows(tokens, acts), predicted, 8.0)
+    assert (
+        found.correlation == pytest.approx(1)
+        and found.detection == 1
+        and found.missing == pytest.approx(1 / 11)
+    )
+    nothing = score(Windows(tokens, acts), np.full(tokens.shape, np.nan), 8.0)
+    assert nothing.missing == 1 and all(np.isnan(value) for value in nothing[:5])
+
+
+def test_documents_are_split_in_halves_once_and_for_all():
+    document = torch.arange(41).repeat_interleave(3) * 7
+    training, held_out = split_documents(document)
+    assert (
+        len(training) == 20
+        and len(held_out) == 21
+        and sorted([*training, *held_out]) == list(range(0, 287, 7))
+    )
+    for a, b in zip(split_documents(document.flip(0)), (training, held_out), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert set(split_documents(document, seed=1)[0]) != set(training)
+    with pytest.raises(ValueError, match="two at least"):
+        split_documents(torch.zeros(5))
+
+
+def test_held_out_windows_that_repeat_what_was_seen_are_left_out():
+    training = Windows(np.array([[1, 2, 3, 4, 5, 6], [7, 7, 7, 7, -1, -1]]), np.ones((2, 6)))
+    held = np.array(
+        [
+            [9, 9, 2, 3, 4, 5],  # four in a row
+            [2, 3, 4, 9, 5, 6],  # three
+            [5, 4, 3, 2, 1, 0],  # another order
+            [3, 4, 5, 6, -1, -1],
+            [-1, -1, -1, -1, 1, 2],  # padding does not count
+            [4, 5, 6, 7, 7, 7],  # not across two windows
+        ]
+    )
+    acts = np.arange(36.0).reshape(6, 6)
+    found = fresh(Windows(held, acts), training, run=4)
+    np.testing.assert_array_equal(found.tokens, held[[1, 2, 4, 5]])
+    np.testing.assert_array_equal(found.acts, acts[[1, 2, 4, 5]])
+    assert (
+        len(fresh(Windows(held, acts), training).tokens) == 6
+        and len(fresh(training, training).tokens) == 1
+    )
+
+
+def test_latents_are_drawn_from_each_band_in_turn():
+    frequency = torch.cat(
+        [torch.full((50,), 0.001), torch.full((3,), 0.02), torch.full((40,), 0.05), torch.zeros(7)]
+    )
+    found = sample_latents(frequency.double(), 20)
+    assert (
+        found.band.value_counts().to_dict() == {0: 9, 1: 3, 2: 8}
+        and found.latent.is_monotonic_increasing
+    )
+    assert found.groupby("band").weight.sum().to_dict() == pytest.approx({0: 50, 1: 3, 2: 40})
+    assert found.latent.max() < 93 and found.latent.is_unique  # none of the dead
+    everything = sample_latents(frequency.double(), 1000)
+    assert len(everything) == 93 and (everything.weight == 1).all()
+    assert len(sample_latents(frequency.double(), 1000, least=0.002)) == 43
+
+
+# ---- baselines
+
+
+@pytest.fixture(scope="module")
+def setting():
+    lm = LM(tiny_model("gemma2"), tiny_tokenizer(), "tiny")
+    ids = random_ids(120, 20, seed=3) % 40 + 60
+    ids[:, 0] = 2
+    g = torch.Generator().manual_seed(1)
+    W = torch.randn(30, lm.d_model, generator=g)
+    sae = SAE(
+        W.T,
+        torch.zeros(30),
+        W,
+        torch.zeros(lm.d_model),
+        8 * torch.rand(30, generator=g),
+        origin=Origin("tiny", *PLACE),
+    )
+    sae.b_enc.data[7] = -1e9
+    return lm, sae, Tokens(ids, torch.arange(120) // 3)
+
+
+def test_directions_fire_as_often_as_asked_and_on_their_highest_projections():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1000, 6, generator=g) + 5
+    frequency = torch.tensor([0.1, 0.0, 0.25, 0.002])
+    found = directions(x, 3 * torch.eye(6)[:4], frequency, Origin())
+    f = found.encode(x).detach()
+    np.testing.assert_allclose((f > 0).double().mean(0), frequency)
+    for latent in (0, 2):
+        highest = x[:, latent].topk(int(1000 * frequency[latent])).indices
+        assert set((f[:, latent] > 0).nonzero()[:, 0].tolist()) == set(highest.tolist())
+    torch.testing.assert_close(f[f[:, 0] > 0, 0], (x - x.mean(0))[f[:, 0] > 0, 0])
+    often = directions(x, torch.eye(6), torch.full((6,), 0.9), Origin())
+    torch.testing.assert_close(often.encode(x).detach(), (x - x.mean(0)).relu())
+
+
+def test_random_directions_and_neurons_fire_as_often_as_the_saes_latents(setting):
+    lm, sae, tokens = setting
+    x = activations(lm, tokens, *PLACE)
+    assert x.shape == (120 * 19, lm.d_model)
+    frequency = (sae.encode(x) > 0).double().mean(0)
+    found = random_directions(sae, x)
+    below_half = frequency < 0.4
+    torch.testing.assert_close(
+        (found.encode(x) > 0).double().mean(0)[below_half],
+        frequency[below_half],
+        atol=0.002,
+        rtol=0,
+    )
+    assert (found.W_dec.norm(dim=1) - 1).abs().max() < 1e-5 and (
+        found.origin.site,
+        found.origin.layer,
+    ) == PLACE
+    basis = neurons(sae, x)
+    assert torch.equal(basis.W_dec, torch.eye(lm.d_model))
+    fires = (basis.encode(x) > 0).double().mean(0)
+    assert all(min(abs(frequency - f)) < 0.002 or f > 0.4 for f in fires)
+
+
+def test_a_model_with_random_weights_is_another_and_leaves_the_generator_alone(setting):
+    lm, _, tokens = setting
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    one, again, other = random_weights(lm), random_weights(lm), random_weights(lm, seed=1)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert one.fingerprint == again.fingerprint != other.fingerprint != lm.fingerprint
+    assert (
+        one.tokenizer is lm.tokenizer
+        and one.d_model == lm.d_model
+        and activations(one, tokens[:2], *PLACE).isfinite().all()
+    )
+
+
+# ---- statistics
+
+
+def frame(sae, values, band, weight=1.0):
+    return pd.DataFrame({"sae": sae, "correlation": values, "band": band, "weight": weight})
+
+
+def test_the_mean_counts_latents_by_weight_and_its_interval_is_that_of_a_mean():
+    rng = np.random.default_rng(0)
+    values = rng.normal(3, 2, 400)
+    table = frame(
+        "a", [*values, 0.0, 6.0, np.nan], [*[0] * 400, 1, 1, 1], [*[1.0] * 400, 10.0, 30.0, 5.0]
+    )
+    plain = summary(table[table.band == 0], ["correlation"]).iloc[0]
+    assert plain["mean"] == pytest.approx(values.mean()) and plain.latents == 400
+    half = 1.96 * values.std() / 20
+    np.testing.assert_allclose(
+        [plain.high - plain["mean"], plain["mean"] - plain.low], half, rtol=0.15
+    )
+    both = summary(table, ["correlation"]).iloc[0]
+    assert both["mean"] == pytest.approx((values.sum() + 30 * 6) / 440) and both.latents == 402
+    empty = summary(frame("a", [np.nan], 0), ["correlation"]).iloc[0]
+    assert np.isnan(empty["mean"]) and empty.latents == 0
+    by_band = summary(table, ["correlation"], by=["sae", "band"])
+    assert by_band.band.tolist() == [0, 1] and list(by_band) == [
+        "sae",
+        "band",
+        "score",
+        "mean",
+        "low",
+        "high",
+        "latents",
+    ]
+
+
+def test_saes_are_compared_at_equal_frequency():
+    rng = np.random.default_rng(1)
+    level = {0: 0.8, 1: 0.2}
+    bands = {"often": [0] * 20 + [1] * 180, "rarely": [0] * 180 + [1] * 20}
+    table = pd.concat(
+        [
+            frame(name, [level[b] + rng.normal() * 0.05 for b in band], band)
+            for name, band in bands.items()
+        ]
+    )
+    means = table.groupby("sae").correlation.mean()
+    assert means.rarely - means.often > 0.4  # as they come
+    found = difference(table, "rarely", "often")
+    assert found.low < 0 < found.high and abs(found.mean) < 0.03
+    better = table.assign(correlation=table.correlation + 0.1 * (table.sae == "often"))
+    assert difference(better, "often", "rarely").low > 0.05
+    with pytest.raises(ValueError, match="common band"):
+        difference(pd.concat([frame("a", [1.0], 0), frame("b", [1.0], 1)]), "a", "b")
+
+
+# ---- the study
+
+SMALL = Choice(top=6, quantiles=3, per_quantile=4, negatives=10, window=9)
+
+
+@pytest.fixture(scope="module")
+def table(setting):
+    lm, sae, tokens = setting
+    return study(
+        {"one": sae, "two": random_directions(sae, activations(lm, tokens, *PLACE), seed=2)},
+        lm,
+        tokens,
+        count=12,
+        choice=SMALL,
+        edges=(0.1, 0.3),
+    )
+
+
+def test_a_study_has_a_row_for_each_latent(setting, table):
+    lm, sae, tokens = setting
+    assert table.groupby("sae", sort=False).size().to_dict() == {"one": 12, "two": 12}
+    assert (
+        list(table)[:6] == ["sae", "latent", "frequency", "band", "weight", "l0"]
+        and list(table)[-1] == "explanation"
+    )
+    fires = (sae.encode(activations(lm, tokens, *PLACE)) > 0).double().mean(0)
+    own = table[table.sae == "one"]
+    np.testing.assert_allclose(own.frequency, fires[own.latent.to_numpy().copy()])
+    assert own.l0.nunique() == 1 and own.l0.iloc[0] == pytest.approx(float(fires.sum()), rel=0.2)
+    assert 7 not in own.latent.tolist()  # it is dead
+    assert (
+        (table.active > 0).all()
+        and table.missing.eq(0).all()
+        and table.explanation.str.len().min() > 0
+    )
+
+
+def test_explanations_beat_those_of_other_latents_on_documents_not_seen(table):
+    gain = table.assign(gain=table.correlation - table.shuffled_correlation)
+    found = summary(gain, ["gain", "correlation", "shuffled_correlation"]).set_index(
+        ["sae", "score"]
+    )
+    assert (found.xs("gain", level="score").low > 0.2).all()
+    assert found.xs("shuffled_correlation", level="score")["mean"].abs().max() < 0.15
+    assert table.fuzzing.mean() > 0.6 > table.shuffled_fuzzing.mean()
+
+
+def test_a_study_gives_the_same_again_and_does_not_depend_on_the_other_saes(setting, table):
+    lm, sae, tokens = setting
+    alone = study({"one": sae}, lm, tokens, count=12, choice=SMALL, edges=(0.1, 0.3))
+    pd.testing.assert_frame_equal(alone, table[table.sae == "one"].reset_index(drop=True))
+
+
+def test_an_sae_of_another_model_is_studied_on_that(setting):
+    lm, sae, tokens = setting
+    other = random_weights(lm, seed=3)
+    both = study(
+        {"there": sae, "here": sae}, lm, tokens, lms={"there": other}, count=5, choice=SMALL
+    )
+    here = study({"here": sae}, lm, tokens, count=5, choice=SMALL)
+    there = study({"there": sae}, other, tokens, count=5, choice=SMALL)
+    pd.testing.assert_frame_equal(both, pd.concat([there, here], ignore_index=True))
+    assert not np.allclose(here.frequency, there.frequency)
+
+
+class Recorder:
+    """Remembers what it was shown; predicts the number of the token."""
+
+    def __init__(self):
+        self.trained, self.tested = [], []
+
+    def explain(self, training):
+        self.trained.append(training)
+        return Explanation(str(len(self.trained)))
+
+    def simulate(self, explanation, tokens):
+        self.tested.append((explanation.text, tokens))
+        return np.where(tokens >= 0, tokens, 0) % 11.0
+
+
+def test_explanations_come_from_one_half_of_the_documents_and_are_tried_on_the_other(setting):
+    lm, sae, tokens = setting
+    own = collect(
+        lm,
+        sae,
+        tokens,
+        latents=torch.arange(4),
+        top=6,
+        quantiles=2,
+        per_quantile=3,
+        negatives=5,
+        window=7,
+    )
+    training, held_out = split_documents(tokens.document)
+    recorder = Recorder()
+    table = explain_all(own, recorder, training, held_out, lm.special_ids)
+    for place, shown in enumerate(recorder.trained):
+        kept = np.isin(own.document[place], training)
+        assert (
+            len(shown.tokens) == kept.sum()
+            and (shown.tokens != 2).all()
+            and (shown.acts.shape == shown.tokens.shape)
+        )
+        np.testing.assert_array_equal(shown.acts, own.acts[place][torch.from_numpy(kept)])
+        tried = [(text, some) for text, some in recorder.tested[2 * place : 2 * place + 2]]
+        assert tried[0][0] == str(place + 1) != tried[1][0]  # its own, then another's
+        held = windows(own, place, held_out, lm.special_ids)
+        expected = fresh(held, shown).tokens
+        assert table.repeated[place] == len(held.tokens) - len(expected)
+        assert all(np.array_equal(some, expected) for _, some in tried)
+        assert table.active[place] + table.silent[place] == len(expected)
+    assert sorted(text for text, _ in recorder.tested[1::2]) == [
+        "1",
+        "2",
+        "3",
+        "4",
+    ]  # each other one is used once
+    assert table.explanation.tolist() == ["1", "2", "3", "4"]
+    single = explain_all(
+        collect(lm, sae, tokens, latents=torch.tensor([0])), Recorder(), training, held_out
+    )
+    assert single[[f"shuffled_{name}" for name in SCORES]].isna().all(axis=None)
+
+
+def test_study_errors(setting):
+    lm, sae, tokens = setting
+    silent = SAE(*sae.parameters(), origin=sae.origin)
+    silent.b_enc.data[:] = -1e9
+    with pytest.raises(ValueError, match="no latent of quiet ever fires"):
+        study({"quiet": silent}, lm, tokens)
+    with pytest.raises(ValueError, match="two at least"):
+        study({"one": sae}, lm, Tokens(tokens.ids, torch.zeros(len(tokens), dtype=torch.int64)))

@@ -1,0 +1,421 @@
+"""Loading: folders in every layout, refusals, fingerprints; the hub's errors against a server on
+this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from huggingface_hub import errors
+from safetensors.torch import load_file, save_file
+
+from jumprelu import lm as lm_module
+from jumprelu.files import read_json, write_json
+from jumprelu.lm import EMBEDDED, LM, hub_access, load_lm
+from tests.models import (
+    D_MODEL,
+    FAMILIES,
+    LAYERS,
+    random_ids,
+    save_tiny,
+    tiny_lm,
+    tiny_model,
+    tiny_tokenizer,
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_gives_the_model_that_was_saved(family, tmp_path):
+    lm = load_lm(save_tiny(family, tmp_path / "some-model"), device="cpu")
+    ids = random_ids(2, 8)
+    with torch.no_grad():
+        assert torch.equal(lm.model(ids).logits, tiny_model(family)(ids).logits)
+    assert (lm.d_model, lm.n_layers, lm.name, lm.tokenizer) == (D_MODEL, LAYERS, "some-model", None)
+    assert lm.device.type == "cpu" and lm.dtype == torch.float32 and not lm.model.training
+    assert lm.config._attn_implementation == "eager"
+    assert not any(p.requires_grad for p in lm.model.parameters())
+
+
+def test_tokenizer_is_loaded_where_there_is_one(tmp_path):
+    lm = load_lm(str(save_tiny("gemma2", tmp_path, tokenizer=True)), device="cpu")
+    assert lm.tokenizer.bos_token_id == 2
+    ids = lm.tokenizer("naïve code", add_special_tokens=False)["input_ids"]
+    assert len(ids) == len("naïve code".encode()) and lm.tokenizer.decode(ids) == "naïve code"
+
+
+def test_dtype_is_float32_on_a_cpu_unless_asked(tmp_path):
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    assert load_lm(tmp_path, device="cpu").dtype == torch.float32
+    for dtype in ("bfloat16", torch.bfloat16):
+        assert load_lm(tmp_path, device="cpu", dtype=dtype).dtype == torch.bfloat16
+    with pytest.raises(
+        ValueError, match="unknown dtype 'int4': expected one of float32, bfloat16, float16"
+    ):
+        load_lm(tmp_path, dtype="int4")
+
+
+def test_the_embedded_model_or_the_way_to_make_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(lm_module, "__file__", str(tmp_path / "lm.py"))
+    with pytest.raises(FileNotFoundError, match="`make lm` trains it"):
+        load_lm()
+    tiny_model("gemma2").to(torch.bfloat16).save_pretrained(tmp_path / "lm")
+    for lm in (load_lm(device="cpu"), load_lm(EMBEDDED, device="cpu")):
+        assert lm.name == EMBEDDED and lm.dtype == torch.float32
+
+
+def test_special_ids_come_from_configuration_and_tokenizer():
+    assert tiny_lm().special_ids == (0, 1, 2)
+    assert tiny_lm(bos_token_id=7, eos_token_id=[8, 9], pad_token_id=None).special_ids == (7, 8, 9)
+    assert tiny_lm(bos_token_id=None, eos_token_id=None, pad_token_id=None).special_ids == ()
+    model = tiny_model(bos_token_id=5, eos_token_id=None, pad_token_id=None, family="llama")
+    assert LM(model, tiny_tokenizer()).special_ids == (0, 1, 2, 5)
+
+
+def test_fingerprint_tells_weights_configurations_and_types_apart(tmp_path):
+    same = [tiny_lm().fingerprint, tiny_lm().fingerprint]
+    others = [
+        tiny_lm(seed=1).fingerprint,
+        tiny_lm(sliding_window=5).fingerprint,
+        LM(tiny_model("gemma2").bfloat16()).fingerprint,
+    ]
+    assert same[0] == same[1] and len({same[0], *others}) == 4
+    one, two = save_tiny("gemma2", tmp_path / "one"), save_tiny("gemma2", tmp_path / "two")
+    first = load_lm(one, device="cpu").fingerprint
+    assert (
+        first
+        == load_lm(two, device="cpu").fingerprint
+        != load_lm(two, device="cpu", dtype="bfloat16").fingerprint
+    )
+    tiny_model("gemma2", seed=1).save_pretrained(two)
+    assert first != load_lm(two, device="cpu").fingerprint
+
+
+def test_a_model_in_several_files(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(lm_module.weight_files(tmp_path)) > 1
+    lm = load_lm(tmp_path, device="cpu")
+    assert (
+        torch.equal(lm.model.lm_head.weight, tiny_model("llama").lm_head.weight) and lm.fingerprint
+    )
+    lost = lm_module.weight_files(tmp_path)[1]
+    lost.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=f"lacks {lost.name}: the download or copy is incomplete"
+    ):
+        load_lm(tmp_path)
+
+
+def test_damaged_and_incomplete_folders_are_named(tmp_path):
+    folder = save_tiny("llama", tmp_path)
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(
+        ValueError,
+        match=r"lack 1 tensors of a LlamaForCausalLM, first model.layers.1.mlp.up_proj.weight",
+    ):
+        load_lm(folder)
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="model.safetensors is truncated or not safetensors"):
+        load_lm(folder)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="lacks model.safetensors"):
+        load_lm(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
+        load_lm(folder)
+
+
+def test_pickles_are_refused(tmp_path):
+    folder = save_tiny("llama", tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError,
+        match=r"as pickles \(pytorch_model.bin\).*refused. Choose a copy with model.safetensors",
+    ):
+        load_lm(folder)
+
+
+def test_code_in_a_repository_is_refused_and_not_run(tmp_path):
+    folder = save_tiny("llama", tmp_path)
+    config = read_json(folder / "config.json")
+    config |= {
+        "model_type": "unheard-of",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+    }
+    write_json(folder / "config.json", config)
+    (folder / "code.py").write_text("open('ran', 'w').write('x')")
+    with pytest.raises(ValueError, match="brings its own Python code.*refused"):
+        load_lm(folder)
+
+
+@pytest.mark.parametrize("name", ["./nothing/here", "/nothing", "~/nothing", "a/b/c", ""])
+def test_a_path_that_is_no_folder_does_not_go_to_the_hub(name):
+    with pytest.raises(
+        FileNotFoundError,
+        match="Expected a folder with config.json and model.safetensors, a hub id",
+    ):
+        load_lm(name)
+
+
+# ---- the hub
+
+TOKEN = "hf_secretsecretsecret"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does, by the name of the repository's owner; the body and headers repeat
+    the token, to tempt."""
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        seen = self.headers.get("Authorization", "")
+        answers = {
+            "gated": (
+                403,
+                {"X-Error-Code": "GatedRepo", "X-Error-Message": f"ask for access, {seen}"},
+            ),
+            "missing": (
+                404,
+                {"X-Error-Code": "RepoNotFound", "X-Error-Message": f"Repository not found {seen}"},
+            ),
+            "private": (401, {"X-Error-Code": "RepoNotFound"}),
+            "expired": (401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
+            "forbidden": (403, {"X-Error-Message": f"no {seen}"}),
+            "disabled": (403, {"X-Error-Message": "Access to this resource is disabled."}),
+            "moved": (404, {"X-Error-Code": "RevisionNotFound"}),
+            "teapot": (418, {}),
+        }
+        if "/works/model" in self.path:
+            self.send_file(self.path.partition("?")[0])
+            return
+        owner = next((name for name in answers if f"/{name}/" in self.path), None)
+        if owner is None:  # hang up
+            self.close_connection = True
+            return
+        status, headers = answers[owner]
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": "0"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def send_file(self, path: str) -> None:
+        """The answers to a download of `works/model`: revision, list of files, file."""
+        files = self.server.files
+        size = [
+            {"type": "file", "path": name, "size": len(data), "oid": name}
+            for name, data in files.items()
+        ]
+        if "/tree/" in path:
+            body = json.dumps(size).encode()
+        elif "/resolve/" in path:
+            body = files[path.split(f"/resolve/{COMMIT}/")[1]]
+        else:
+            body = json.dumps(
+                {"id": "works/model", "sha": COMMIT, "siblings": [{"rfilename": n} for n in files]}
+            ).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{len(body)}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+CHILD = """
+import json, sys, traceback
+from jumprelu.corpus import load_texts
+from jumprelu.lm import load_lm
+for name in sys.argv[1:]:
+    try:
+        if name.startswith("dataset:"):
+            load_texts(name[8:], "test")
+        else:
+            lm = load_lm(name, device="cpu")
+            print(json.dumps([name, "LM", lm.name, sorted(path.name for path in lm.folder.iterdir())]))
+    except Exception as error:
+        print(json.dumps([name, type(error).__name__, str(error), traceback.format_exc()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub_errors(tmp_path_factory, root):
+    """{name: (class, message, traceback)} of loading each repository from the server above, in a
+    process of its own."""
+    names = [
+        f"{owner}/model"
+        for owner in (
+            "gated",
+            "missing",
+            "private",
+            "expired",
+            "forbidden",
+            "disabled",
+            "moved",
+            "teapot",
+        )
+    ]
+    names += ["dataset:gated/texts", "dataset:missing/texts", "dropped/model", "works/model"]
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    folder = save_tiny("llama", tmp_path_factory.mktemp("works"))
+    server.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    server.files |= {
+        "onnx/model.safetensors": b"for another framework",
+        "pytorch_model.bin": b"a pickle",
+        "README.md": b"#",
+    }
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    home = tmp_path_factory.mktemp("home")
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith("HF_") and not k.lower().endswith("_proxy")
+    }
+    env |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(root),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *names],
+        env=env,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stderr
+    found = {name: rest for name, *rest in map(json.loads, done.stdout.splitlines())}
+    assert list(found) == names
+    return found
+
+
+@pytest.mark.parametrize(
+    "name, kind, advice",
+    [
+        (
+            "gated/model",
+            "PermissionError",
+            ["is gated", "Accept the licence", "/gated/model", "hf auth login"],
+        ),
+        (
+            "missing/model",
+            "FileNotFoundError",
+            ["no model missing/model", "check the spelling", "private"],
+        ),
+        (
+            "private/model",
+            "FileNotFoundError",
+            ["private one that this login may not see", "hf auth login"],
+        ),
+        ("expired/model", "PermissionError", ["refused the login", "HTTP 401", "unset HF_TOKEN"]),
+        ("forbidden/model", "PermissionError", ["HTTP 403", "hf auth login"]),
+        ("disabled/model", "PermissionError", ["disabled on the hub"]),
+        ("moved/model", "FileNotFoundError", ["no such revision"]),
+        (
+            "teapot/model",
+            "ConnectionError",
+            ["HTTP 418", "run again", "hf download teapot/model", "HF_HUB_OFFLINE=1"],
+        ),
+        ("dropped/model", "ConnectionError", ["run again", "local folder instead of the id"]),
+        (
+            "dataset:gated/texts",
+            "PermissionError",
+            ["dataset gated/texts is gated", "/datasets/gated/texts"],
+        ),
+        ("dataset:missing/texts", "FileNotFoundError", ["no dataset missing/texts"]),
+    ],
+)
+def test_the_hubs_errors_say_what_to_do_and_no_token(hub_errors, name, kind, advice):
+    found, message, trace = hub_errors[name]
+    assert found == kind, trace
+    for words in advice:
+        assert words in message
+    assert TOKEN not in trace and "hf_" not in message
+
+
+def test_a_hub_model_is_downloaded_and_only_what_is_read(hub_errors):
+    kind, name, files = hub_errors["works/model"]
+    assert (kind, name) == ("LM", "works/model"), files
+    assert files == ["config.json", "generation_config.json", "model.safetensors"]
+
+
+def explained(error: Exception, kind: str = "model") -> OSError:
+    with pytest.raises(OSError) as caught, hub_access("some/repo", kind):
+        raise error
+    return caught.value
+
+
+def test_offline_mode_says_how_to_get_a_copy():
+    error = explained(errors.OfflineModeIsEnabled("offline"), kind="dataset")
+    assert type(error) is ConnectionError
+    for words in (
+        "HF_HUB_OFFLINE=1 is set",
+        "`hf download some/repo --repo-type dataset` once",
+        "local folder",
+    ):
+        assert words in str(error)
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        OSError("Consistency check failed: file should be of size 5 but has size 3"),
+        errors.XetDownloadError("broken pipe"),
+    ],
+)
+def test_an_interrupted_download_says_that_it_goes_on(cause):
+    try:
+        raise OSError("can't load the model") from cause
+    except OSError as wrapped:
+        error = explained(wrapped)
+    assert type(
+        error
+    ) is ConnectionError and "interrupted: run again, it goes on where it stopped" in str(error)
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [TimeoutError("slow"), ConnectionResetError("reset"), errors.LocalEntryNotFoundError("none")],
+)
+def test_no_network_is_a_connection_error(cause, monkeypatch):
+    monkeypatch.setattr(lm_module.constants, "HF_HUB_OFFLINE", False)
+    error = explained(cause)
+    assert (
+        type(error) is ConnectionError
+        and "could not be reached" in str(error)
+        and "HTTPS_PROXY" in str(error)
+    )
+
+
+def test_other_errors_pass_unchanged():
+    for error in (
+        ValueError("mine"),
+        KeyError("k"),
+        OSError(28, "No space left on device"),
+        PermissionError(13, "cache folder"),
+    ):
+        with pytest.raises(type(error)) as caught, hub_access("some/repo"):
+            raise error
+        assert caught.value is error
