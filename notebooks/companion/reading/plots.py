@@ -32,11 +32,15 @@ def _bars(rows: pd.DataFrame) -> np.ndarray:
 
 
 def interp_scores(data: pd.DataFrame) -> Figure:
-    """A row an architecture and L0, or a baseline: columns setting, l0_mean, score, mean, low,
+    """Scores of explanations, by architecture and L0, beside baselines.
+
+    Paper: JumpReLU, Figure 7.
+
+    A row an architecture and L0, or a baseline: columns setting, l0_mean, score, mean, low,
     high.
 
-    Scores of SCORES, filled, and with "shuffled_" before the name, hollow. A rule lies between SAEs
-    and baselines.
+    Scores of SCORES, filled, and with "shuffled_" before the name, hollow. A rule lies between
+    SAEs and baselines.
     """
     rows = list(dict.fromkeys(zip(data.setting, data.l0_mean, strict=True)))
     rows.sort(
@@ -75,8 +79,13 @@ def interp_scores(data: pd.DataFrame) -> Figure:
 
 
 def interp_bands(data: pd.DataFrame) -> Figure:
-    """Scores by band of frequency: columns point, band, range (in words), score, mean, low, high,
-    latents."""
+    """Scores of explanations by how often latents fire.
+
+    Paper: none; JumpReLU, section 1, says that very frequent latents are less interpretable.
+
+    Scores by band of frequency: columns point, band, range (in words), score, mean, low, high,
+    latents.
+    """
     names = data.drop_duplicates("band").sort_values("band").range.tolist()
     fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.4))
     for ax, score in zip(axes, ("correlation", "detection"), strict=True):
@@ -100,7 +109,12 @@ def interp_bands(data: pd.DataFrame) -> Figure:
 
 
 def attribution_uniformity(data: pd.DataFrame) -> Figure:
-    """r_L0 against L0: columns architecture, point, l0, mean, low, high."""
+    """How evenly active latents matter (r_L0), by architecture.
+
+    Paper: JumpReLU, Figure 16.
+
+    r_L0 against L0: columns architecture, point, l0, mean, low, high.
+    """
     fig, ax = plt.subplots(figsize=(6.0, 3.6))
     for name, rows in data.groupby("architecture", sort=False):
         rows = rows.sort_values("l0")
@@ -122,7 +136,11 @@ def attribution_uniformity(data: pd.DataFrame) -> Figure:
 
 
 def editing(data: pd.DataFrame) -> Figure:
-    """What taking n latents away does: columns name (architecture), ranking, quantity, n, mean,
+    """What taking away a few latents changes.
+
+    Paper: JumpReLU, section 5.4 of the ICLR version.
+
+    What taking n latents away does: columns name (architecture), ranking, quantity, n, mean,
     low, high.
 
     Lines: ranked by attribution, filled; grey: by chance, of all architectures alike.
@@ -159,8 +177,13 @@ def editing(data: pd.DataFrame) -> Figure:
 
 
 def absorption(data: pd.DataFrame) -> Figure:
-    """Shares of tokens with a feature, by architecture: columns name, quantity (silent, absorbed),
-    mean, low, high."""
+    """Tokens whose general latent is silent.
+
+    Paper: none; Chanin et al. 2024.
+
+    Shares of tokens with a feature, by architecture: columns name, quantity (silent, absorbed),
+    mean, low, high.
+    """
     labels = {"silent": "all main latents are silent", "absorbed": "another latent carries it"}
     names = list(dict.fromkeys(data["name"]))
     fig, ax = plt.subplots(figsize=(6.4, 1.2 + 0.36 * len(names)))

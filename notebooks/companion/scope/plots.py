@@ -86,8 +86,13 @@ def _floor(ax: plt.Axes, values: pd.Series) -> None:
 
 
 def scope_tradeoff(data: pd.DataFrame) -> Figure:
-    """By site: columns site, seed, l0, delta_loss, delta_loss_se, fvu, fvu_se. A curve a seed, bars
-    95 % over documents."""
+    """Delta LM loss and FVU against L0, by site, of a release.
+
+    Paper: Gemma Scope, Figures 2 and 13.
+
+    By site: columns site, seed, l0, delta_loss, delta_loss_se, fvu, fvu_se. A curve a seed, bars
+    95 % over documents.
+    """
     fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.5))
     for ax, (metric, label) in zip(axes, METRICS.items(), strict=True):
         for site, rows in data.groupby("site", sort=False):
@@ -101,14 +106,23 @@ def scope_tradeoff(data: pd.DataFrame) -> Figure:
 
 
 def scope_transcoders(data: pd.DataFrame) -> Figure:
-    """Transcoders beside SAEs of the MLP's output: columns and curves as of
-    :func:`scope_tradeoff`."""
+    """Transcoders beside SAEs of the MLP's output.
+
+    Paper: Gemma Scope, Figure 11.
+
+    Transcoders beside SAEs of the MLP's output: columns and curves as of :func:`scope_tradeoff`.
+    """
     return scope_tradeoff(data)
 
 
 def scope_layers(data: pd.DataFrame) -> Figure:
-    """By layer at one L0: columns site, layer, metric (of METRICS), mean, low, high (95 % over
-    documents)."""
+    """Delta LM loss and FVU at one L0, by layer.
+
+    Paper: Gemma Scope, Figures 17 and 18.
+
+    By layer at one L0: columns site, layer, metric (of METRICS), mean, low, high (95 % over
+    documents).
+    """
     fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.4))
     for ax, (metric, label) in zip(axes, METRICS.items(), strict=True):
         for number, (site, rows) in enumerate(
@@ -128,8 +142,13 @@ def scope_layers(data: pd.DataFrame) -> Figure:
 
 
 def scope_widths(data: pd.DataFrame) -> Figure:
-    """The width ladder, a column a site: columns site, width, seed, l0, delta_loss, delta_loss_se,
-    fvu, fvu_se."""
+    """Delta LM loss and FVU against L0, by width.
+
+    Paper: Gemma Scope, Figure 4.
+
+    The width ladder, a column a site: columns site, width, seed, l0, delta_loss, delta_loss_se,
+    fvu, fvu_se.
+    """
     sites, looks = list(dict.fromkeys(data.site)), _width_looks(data)
     fig, axes = plt.subplots(
         2, len(sites), figsize=(2.9 * len(sites) + 0.6, 5), sharex="col", squeeze=False
@@ -155,11 +174,15 @@ def scope_widths(data: pd.DataFrame) -> Figure:
 
 
 def scope_frequency(data: pd.DataFrame) -> Figure:
-    """Share of latents by frequency, a panel a site: columns site, width, dead, log10_frequency,
+    """How often latents fire, by width.
+
+    Paper: Gemma Scope, Figure 5.
+
+    Share of latents by frequency, a panel a site: columns site, width, dead, log10_frequency,
     mean, low, high.
 
-    Lines are means over seeds, bands 95 % over seeds; on the right, the number of latents, so that
-    clusters can be compared.
+    Lines are means over seeds, bands 95 % over seeds; on the right, the number of latents, so
+    that clusters can be compared.
     """
     sites, looks = list(dict.fromkeys(data.site)), _width_looks(data)
     fig, axes = plt.subplots(
@@ -198,8 +221,13 @@ def scope_frequency(data: pd.DataFrame) -> Figure:
 
 
 def scope_positions(data: pd.DataFrame) -> Figure:
-    """Delta LM loss by position: columns site, start, end, quantity (delta_loss, relative), mean,
-    low, high (over documents)."""
+    """Delta LM loss by position in the text.
+
+    Paper: Gemma Scope, Figure 3.
+
+    Delta LM loss by position: columns site, start, end, quantity (delta_loss, relative), mean,
+    low, high (over documents).
+    """
     fig, axes = plt.subplots(1, 2, figsize=(8.8, 3.6))
     labels = {"delta_loss": METRICS["delta_loss"], "relative": "over its mean at all positions"}
     bins = data.drop_duplicates("start")
@@ -233,8 +261,13 @@ def scope_positions(data: pd.DataFrame) -> Figure:
 
 
 def scope_subsets(data: pd.DataFrame) -> Figure:
-    """By kind of text: columns subset, documents, site, quantity (ratio is shown), mean, low, high
-    (95 % over documents)."""
+    """Delta LM loss by kind of text.
+
+    Paper: Gemma Scope, Figure 9.
+
+    By kind of text: columns subset, documents, site, quantity (ratio is shown), mean, low, high
+    (95 % over documents).
+    """
     shown = data[data.quantity == "ratio"]
     names = list(dict.fromkeys(shown.subset))
     number = shown.drop_duplicates("subset").set_index("subset").documents
@@ -256,8 +289,13 @@ def scope_subsets(data: pd.DataFrame) -> Figure:
 
 
 def scope_dtype(data: pd.DataFrame) -> Figure:
-    """SAEs run in bfloat16 against float32: columns site, mean, low, high, of the relative change
-    of delta LM loss."""
+    """SAEs run in bfloat16 beside the same in float32.
+
+    Paper: Gemma Scope, Figure 10.
+
+    SAEs run in bfloat16 against float32: columns site, mean, low, high, of the relative change
+    of delta LM loss.
+    """
     fig, ax = plt.subplots(figsize=(5.2, 1.2 + 0.4 * len(data)))
     for place, row in enumerate(data.itertuples()):
         ends = [[100 * (row.mean - row.low)], [100 * (row.high - row.mean)]]
@@ -272,7 +310,12 @@ def scope_dtype(data: pd.DataFrame) -> Figure:
 
 
 def scope_uniformity(data: pd.DataFrame) -> Figure:
-    """r_L0 against L0: columns site, point, l0, mean, low, high (95 % over documents and seeds)."""
+    """How evenly active latents matter (r_L0), against L0.
+
+    Paper: Gemma Scope, Figure 16.
+
+    r_L0 against L0: columns site, point, l0, mean, low, high (95 % over documents and seeds).
+    """
     fig, ax = plt.subplots(figsize=(5.6, 3.6))
     ax.axhspan(0.45, 0.7, color=GREY, alpha=0.12, linewidth=0, label="reported range")
     for number, (site, rows) in enumerate(data.groupby("site", sort=False)):
@@ -299,7 +342,11 @@ DARK = {
 
 
 def scope_dark(data: pd.DataFrame) -> Figure:
-    """Linear share of SAE errors: columns panel ("layer", "width"), site, x, quantity (of DARK),
+    """Linear share of a release's errors, by layer and width.
+
+    Paper: Dark matter, Figures 2 and 3.
+
+    Linear share of SAE errors: columns panel ("layer", "width"), site, x, quantity (of DARK),
     mean, low, high.
 
     Above, by layer; below, by width at one L0. Bars are 95 % over documents.
@@ -327,7 +374,12 @@ def scope_dark(data: pd.DataFrame) -> Figure:
 
 
 def scope_plan(data: pd.DataFrame) -> Figure:
-    """Time of a step by part: columns quantity, gpus, value, unit, kind, of `scopestudy.plan`."""
+    """A training step of 131k latents on paper, beside the reported one.
+
+    Paper: none; Gemma Scope reports its hardware in words.
+
+    Time of a step by part: columns quantity, gpus, value, unit, kind, of `scopestudy.plan`.
+    """
     steps = data[(data.quantity == "step") & (data.kind == "derived")].sort_values("gpus")
     reported = data[(data.quantity == "step") & (data.kind == "reported")].iloc[0]
     fig, ax = plt.subplots(figsize=(7.4, 1.2 + 0.42 * (len(steps) + 1)))

@@ -22,8 +22,13 @@ SYSTEM_LOOKS = {
 
 
 def speed(data: pd.DataFrame) -> Figure:
-    """Training steps: columns system, architecture, dtype, d_in, d_sae, batch, tokens_per_s, its
-    quartiles _q1 and _q3."""
+    """Training steps beside other libraries and beside the matmul alone.
+
+    Paper: none; JumpReLU, section 1, says that a step is cheap.
+
+    Training steps: columns system, architecture, dtype, d_in, d_sae, batch, tokens_per_s, its
+    quartiles _q1 and _q3.
+    """
     sizes = data.groupby(["d_in", "d_sae", "batch"])
     fig, axes = plt.subplots(
         1, len(sizes), figsize=(10, 0.2 * sizes.size().max() + 1.3), layout="constrained"
@@ -62,13 +67,23 @@ def speed(data: pd.DataFrame) -> Figure:
 
 
 def inference(data: pd.DataFrame) -> Figure:
-    """Encoding and decoding; columns as for :func:`speed`."""
+    """Encoding and decoding beside other libraries.
+
+    Paper: none.
+
+    Encoding and decoding; columns as for :func:`speed`.
+    """
     return speed(data)
 
 
 def step_profile(data: pd.DataFrame) -> Figure:
-    """Columns function, call, ms, share, search (the type in which entries are searched for); the
-    dearest of each search."""
+    """A training step by function.
+
+    Paper: none.
+
+    Columns function, call, ms, share, search (the type in which entries are searched for); the
+    dearest of each search.
+    """
     searches = list(data.groupby("search", sort=False))
     fig, axes = plt.subplots(1, len(searches), figsize=(10, 3.8), layout="constrained", sharex=True)
     for ax, (search, rows) in zip(np.atleast_1d(axes), searches, strict=True):
@@ -87,7 +102,12 @@ def step_profile(data: pd.DataFrame) -> Figure:
 
 
 def density(data: pd.DataFrame) -> Figure:
-    """Time of a step by the share of entries in S; columns d_sae, batch, density, way, ms."""
+    """Time of a step over the share of entries that matter.
+
+    Paper: none.
+
+    Time of a step by the share of entries in S; columns d_sae, batch, density, way, ms.
+    """
     sizes = list(data.groupby(["d_sae", "batch"]))
     fig, axes = plt.subplots(1, len(sizes), figsize=(4.2 * len(sizes), 3.2), layout="constrained")
     for ax, ((d_sae, batch), rows) in zip(np.atleast_1d(axes), sizes, strict=True):
@@ -105,7 +125,12 @@ def density(data: pd.DataFrame) -> Figure:
 
 
 def search_dtype(data: pd.DataFrame) -> Figure:
-    """SAEs trained with the search in two types: columns search, seed, l0, fvu."""
+    """L0 and FVU with the search in float32 and in bfloat16.
+
+    Paper: none.
+
+    SAEs trained with the search in two types: columns search, seed, l0, fvu.
+    """
     fig, axes = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
     searches = list(data.groupby("search", sort=False))
     for ax, column in zip(axes, ("l0", "fvu"), strict=True):
@@ -131,8 +156,13 @@ def search_dtype(data: pd.DataFrame) -> Figure:
 
 
 def equal_tokens(data: pd.DataFrame) -> Figure:
-    """JumpReLU SAEs of several libraries after as many tokens: columns system, setting, seed, l0,
-    fvu, seconds."""
+    """FVU over L0 of SAEs of three libraries after as many tokens.
+
+    Paper: none.
+
+    JumpReLU SAEs of several libraries after as many tokens: columns system, setting, seed, l0,
+    fvu, seconds.
+    """
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for marker, ((system, setting), rows) in zip(
         MARKERS * 3, data.groupby(["system", "setting"], sort=False), strict=False

@@ -22,6 +22,8 @@ SITE_LOOKS = {"resid_post": "3f90da - o", "mlp_out": "bd1f01 -- s", "attn_out": 
 def lm_training(data: pd.DataFrame) -> Figure:
     """The language model's training log.
 
+    Paper: none; a check of the embedded model.
+
     data: columns tokens, train_loss and heldout_loss (nats per token, NaN where not measured),
     lr_factor; no rows for a model that came without a log.
     """
@@ -69,7 +71,11 @@ def lm_training(data: pd.DataFrame) -> Figure:
 
 
 def bits_per_byte(data: pd.DataFrame) -> Figure:
-    """Bits per byte of each method on the same bytes.
+    """Held-out bits per byte of the embedded model, of compressors and of n-grams.
+
+    Paper: none; a check of the embedded model.
+
+    Bits per byte of each method on the same bytes.
 
     data: columns method, kind, bits_per_byte, low, high (95 %); drawn from the bottom up.
     """
@@ -103,6 +109,8 @@ def bits_per_byte(data: pd.DataFrame) -> Figure:
 def induction(data: pd.DataFrame) -> Figure:
     """Loss along random sequences that are repeated.
 
+    Paper: none; a check of the embedded model.
+
     data: columns position, copy (1 or 2), loss, low, high (nats per token, 95 %).
     """
     fig, ax = plt.subplots()
@@ -125,8 +133,10 @@ def induction(data: pd.DataFrame) -> Figure:
 def sites(data: pd.DataFrame) -> Figure:
     """Scale of the activations at the three sites, by layer.
 
-    data: columns site, layer, mean_square (E‖x‖²), mean_share (‖E x‖²/E‖x‖²), first_ratio (norm at
-    the first position over that at the others).
+    Paper: none; a check of the embedded model.
+
+    data: columns site, layer, mean_square (E‖x‖²), mean_share (‖E x‖²/E‖x‖²), first_ratio (norm
+    at the first position over that at the others).
     """
     labels = {
         "mean_square": "E‖x‖²",

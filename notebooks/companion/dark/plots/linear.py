@@ -133,8 +133,13 @@ def _above(
 
 
 def dark_controls(data: pd.DataFrame) -> Figure:
-    """SAEs and controls: columns name, quantity (fvu, fvu_nonlinear, vector_r2, norm_r2 are shown),
-    mean, low, high."""
+    """Errors of SAEs that are linear, random, or trained on shuffled data.
+
+    Paper: none.
+
+    SAEs and controls: columns name, quantity (fvu, fvu_nonlinear, vector_r2, norm_r2 are shown),
+    mean, low, high.
+    """
     names = list(dict.fromkeys(data["name"]))
     fig, axes = plt.subplots(
         1, 3, figsize=(10.5, 1.1 + 0.32 * len(names)), sharey=True, width_ratios=(1.5, 1, 1)
@@ -188,7 +193,11 @@ def dark_controls(data: pd.DataFrame) -> Figure:
 
 
 def dark_architectures(data: pd.DataFrame) -> Figure:
-    """Against L0: columns architecture, point, quantity (vector_r2, norm_r2, fvu, fvu_nonlinear),
+    """How much of an SAE's error is linear in x, by architecture and L0.
+
+    Paper: Dark matter, Figure 2.
+
+    Against L0: columns architecture, point, quantity (vector_r2, norm_r2, fvu, fvu_nonlinear),
     l0, mean, low, high.
 
     Architectures are drawn a little apart in L0, so that their intervals can be told apart.
@@ -240,8 +249,13 @@ def dark_architectures(data: pd.DataFrame) -> Figure:
 
 
 def dark_matched(data: pd.DataFrame) -> Figure:
-    """Against FVU: columns architecture, point, quantity (vector_r2, fvu_nonlinear, and fvu for the
-    x axis), mean, low, high."""
+    """How much of an SAE's error is linear in x, by architecture, at equal FVU.
+
+    Paper: none.
+
+    Against FVU: columns architecture, point, quantity (vector_r2, fvu_nonlinear, and fvu for the
+    x axis), mean, low, high.
+    """
     names = list(dict.fromkeys(data.architecture))
     fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.7))
     keyed = data.set_index(["architecture", "point"])
@@ -288,8 +302,13 @@ def dark_matched(data: pd.DataFrame) -> Figure:
 
 
 def dark_directions(data: pd.DataFrame) -> Figure:
-    """Latents beside the direction that predicts ‖error‖²: columns latent, along, active_mean,
-    frequency. One point a latent."""
+    """Latents beside the direction that predicts the norm of the error.
+
+    Paper: Dark matter, Figure 14.
+
+    Latents beside the direction that predicts ‖error‖²: columns latent, along, active_mean,
+    frequency. One point a latent.
+    """
     drawn = data[data.active_mean > 0]
     fig, ax = plt.subplots(figsize=(6.4, 3.8))
     points = ax.scatter(
@@ -314,7 +333,11 @@ def dark_directions(data: pd.DataFrame) -> Figure:
 
 
 def dark_norms(data: pd.DataFrame) -> Figure:
-    """R² of squared norms, a panel an architecture: columns architecture, point, quantity (of
+    """Five squared norms predicted from x.
+
+    Paper: Dark matter, Figure 6.
+
+    R² of squared norms, a panel an architecture: columns architecture, point, quantity (of
     NORM_LOOKS), l0, mean, low, high.
 
     Curves are drawn a little apart in L0, so that their intervals can be told apart.
@@ -383,7 +406,11 @@ def _plus_minus(row: pd.Series) -> str:
 
 
 def dark_breakdown(data: pd.DataFrame) -> Figure:
-    """By width: the breakdown of FVU and its law, FVU and FVU_nl, and R². Two kinds of rows, told
+    """FVU by width: features not yet learned, linear error, nonlinear error.
+
+    Paper: Dark matter, Figure 1.
+
+    By width: the breakdown of FVU and its law, FVU and FVU_nl, and R². Two kinds of rows, told
     apart by the column kind.
 
     "measured": columns architecture (the width, as a number or a string), point, quantity, l0,
@@ -457,11 +484,15 @@ def _cell(ax: plt.Axes, x: int, y: int, row: pd.Series, **style) -> None:
 
 
 def dark_pairs(data: pd.DataFrame) -> Figure:
-    """A wide SAE's ‖error‖ from a narrower one's: columns narrow, wide, quantity (error, nonlinear,
+    """A wide SAE's error norm from a narrower one's, token by token.
+
+    Paper: Dark matter, Figure 4.
+
+    A wide SAE's ‖error‖ from a narrower one's: columns narrow, wide, quantity (error, nonlinear,
     x), mean, low, high.
 
-    Cells have the mean and half the interval. The quantity x, R² from ‖x‖ alone, has narrow = wide:
-    the diagonal.
+    Cells have the mean and half the interval. The quantity x, R² from ‖x‖ alone, has narrow =
+    wide: the diagonal.
     """
     widths = sorted(set(data.narrow) | set(data.wide))
     side = min(4.4, 0.72 * len(widths) + 0.3)
@@ -507,8 +538,12 @@ def dark_pairs(data: pd.DataFrame) -> Figure:
 
 
 def dark_baselines(data: pd.DataFrame) -> Figure:
-    """R² of ‖error‖² of one SAE from x and from simpler things: columns predictor, mean, low,
-    high."""
+    """What else predicts the norm of the error.
+
+    Paper: Dark matter, Figure 13.
+
+    R² of ‖error‖² of one SAE from x and from simpler things: columns predictor, mean, low, high.
+    """
     names = list(data.predictor)
     fig, ax = plt.subplots(figsize=(6.4, 0.8 + 0.36 * len(names)))
     ax.barh(range(len(names)), data["mean"].clip(lower=LEAST_R2), height=0.5, color="#c4c6ca")
@@ -532,11 +567,15 @@ def dark_baselines(data: pd.DataFrame) -> Figure:
 
 
 def dark_places(data: pd.DataFrame) -> Figure:
-    """A row a place, a marker a sparsity: columns architecture (the place), point, quantity, l0,
+    """How linear the error is at every layer and site.
+
+    Paper: Dark matter, Figure 3.
+
+    A row a place, a marker a sparsity: columns architecture (the place), point, quantity, l0,
     mean, low, high.
 
-    Quantities vector_r2, norm_r2 and fvu_nonlinear are shown. Sparsities are numbered by their L0
-    at each place.
+    Quantities vector_r2, norm_r2 and fvu_nonlinear are shown. Sparsities are numbered by their
+    L0 at each place.
     """
     names = list(dict.fromkeys(data.architecture))
     shown = data.assign(

@@ -62,7 +62,11 @@ def _limits(
 
 
 def dark_parts(data: pd.DataFrame) -> Figure:
-    """SAEs trained on x and on each part of an SAE's error: columns part (x, linear, nonlinear),
+    """SAEs trained on x and on each part of an SAE's error.
+
+    Paper: Dark matter, section 5.2 and Figure 7.
+
+    SAEs trained on x and on each part of an SAE's error: columns part (x, linear, nonlinear),
     seed, quantity, value.
 
     Quantities FVU; purity, purity by chance and correlation (of latents, mean). Points of seeds,
@@ -99,10 +103,12 @@ def dark_harm(data: pd.DataFrame) -> Figure:
     """What parts of the error do to the model beside their size, and the ratio of both against L0
     and against width.
 
+    Paper: Dark matter, Figure 8.
+
     data: columns missing (linear, nonlinear), quantity (harm, size, harm over size), mean, low,
-    high, architecture, l0, d_sae and along ("L0" or "width"), a row a quantity and SAE. Other rows,
-    such as the rise with both missing, are not drawn. SAEs of one architecture are joined. In the
-    right panels curves are a little apart, so that intervals can be told apart.
+    high, architecture, l0, d_sae and along ("L0" or "width"), a row a quantity and SAE. Other
+    rows, such as the rise with both missing, are not drawn. SAEs of one architecture are joined.
+    In the right panels curves are a little apart, so that intervals can be told apart.
     """
     drawn = data[data.missing.isin(MISSING_LOOKS)]
     fig, axes = plt.subplots(1, 3, figsize=(11.5, 4.2), width_ratios=(1.2, 1, 1))
@@ -175,8 +181,13 @@ def dark_harm(data: pd.DataFrame) -> Figure:
 
 
 def dark_pursuit(data: pd.DataFrame) -> Figure:
-    """Ratios, pursuit over encoder at equal L0, by width: columns d_sae, quantity (fvu,
-    fvu_nonlinear), mean, low, high."""
+    """Gradient pursuit beside the encoder, at equal L0.
+
+    Paper: Dark matter, Figure 9a.
+
+    Ratios, pursuit over encoder at equal L0, by width: columns d_sae, quantity (fvu,
+    fvu_nonlinear), mean, low, high.
+    """
     fig, ax = plt.subplots()
     for (quantity, look), apart in zip(PURSUIT_LOOKS.items(), (0.98, 1.02), strict=True):
         rows = data[data.quantity == quantity].sort_values("d_sae")
@@ -196,11 +207,15 @@ def dark_pursuit(data: pd.DataFrame) -> Figure:
 
 
 def dark_sources(data: pd.DataFrame) -> Figure:
-    """R² of an error and its parts from outputs of SAEs elsewhere: columns source, vector (of
+    """How much of an error outputs of earlier components explain.
+
+    Paper: Dark matter, Figure 9b.
+
+    R² of an error and its parts from outputs of SAEs elsewhere: columns source, vector (of
     VECTOR_LOOKS), mean, low, high.
 
-    A source whose name ends in "the same SAE" is hatched, its markers hollow: what it explains is
-    in part so by construction.
+    A source whose name ends in "the same SAE" is hatched, its markers hollow: what it explains
+    is in part so by construction.
     """
     data = data[data.vector.isin(VECTOR_LOOKS)]
     names = list(dict.fromkeys(data.source))
@@ -256,9 +271,11 @@ KNOB_LOOKS = {
 def dark_synthetic(data: pd.DataFrame) -> Figure:
     """Linear and nonlinear error where what makes it is known, and of real SAEs.
 
-    data: columns kind ("synthetic", "real"), seed, input, absent, output (shares of the variance),
-    fvu_linear, fvu_nonlinear, a row a combination and seed, combinations in the same order in each.
-    Lines: one thing added alone, mean over seeds; grey: two or three together.
+    Paper: Dark matter, Figure 15 and Table 1.
+
+    data: columns kind ("synthetic", "real"), seed, input, absent, output (shares of the
+    variance), fvu_linear, fvu_nonlinear, a row a combination and seed, combinations in the same
+    order in each. Lines: one thing added alone, mean over seeds; grey: two or three together.
     """
     fig, ax = plt.subplots(figsize=(6.8, 4.2))
     synthetic = data[data.kind == "synthetic"]

@@ -31,8 +31,13 @@ def _intervals_of(
 
 
 def ablations(data: pd.DataFrame) -> Figure:
-    """One row a run: architecture (the change), seed, l0, fvu, dead, ratio (FVU over the recipe's
-    at that L0; may be NaN)."""
+    """One change to the recipe at a time.
+
+    Paper: JumpReLU, Figure 17 (kernels) and, in the ICLR version, Appendix H.
+
+    One row a run: architecture (the change), seed, l0, fvu, dead, ratio (FVU over the recipe's
+    at that L0; may be NaN).
+    """
     names = list(dict.fromkeys(data.architecture))
     fig, axes = plt.subplots(
         1, 3, figsize=(10.5, 0.8 + 0.29 * len(names)), sharey=True, width_ratios=(2.2, 1, 1)
@@ -75,8 +80,13 @@ def ablations(data: pd.DataFrame) -> Figure:
 
 
 def bandwidth_sweep(data: pd.DataFrame) -> Figure:
-    """One row a run with a fixed ε: bandwidth, seed, l0, fvu, threshold_rise, threshold_travel,
-    ratio."""
+    """L0, travel of θ and fidelity over a fixed ε.
+
+    Paper: none; Gemma Scope's footnote on the bandwidth.
+
+    One row a run with a fixed ε: bandwidth, seed, l0, fvu, threshold_rise, threshold_travel,
+    ratio.
+    """
     fig, axes = plt.subplots(1, 3, figsize=(10, 3))
     lines = [
         (0, "l0", "-", "full", None),
@@ -110,7 +120,12 @@ def bandwidth_sweep(data: pd.DataFrame) -> Figure:
 
 
 def l0_targets(data: pd.DataFrame) -> Figure:
-    """One row a run: loss, target, seed, l0, fvu, ratio."""
+    """L0 asked for and L0 reached, three losses.
+
+    Paper: JumpReLU, Figure 9.
+
+    One row a run: loss, target, seed, l0, fvu, ratio.
+    """
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     for number, (name, runs) in enumerate(data.groupby("loss", sort=False)):
         look = {
@@ -151,8 +166,13 @@ TOPS = {"fvu": 1.06, "delta_loss": 1.3}
 
 
 def annealing(data: pd.DataFrame) -> Figure:
-    """Ratios to the first method at equal L0: columns architecture, place, tokens, metric, mean,
-    low, high (95 % over seeds)."""
+    """A falling ε, and an ε by latent, against a fixed one.
+
+    Paper: none.
+
+    Ratios to the first method at equal L0: columns architecture, place, tokens, metric, mean,
+    low, high (95 % over seeds).
+    """
     places = list(dict.fromkeys(data.place))
     names = list(dict.fromkeys(data.architecture))
     fig, axes = plt.subplots(
@@ -229,10 +249,12 @@ def estimator_along_run(data: pd.DataFrame) -> Figure:
     """Bias and noise over ε at up to four shares of a run; the best ε over the run beside the one
     that was used.
 
-    data: `bandwidth.along_run` merged with `bandwidth.best_along` on share, and a column schedule:
-    ε there in training. The best ε on the edge of the grid is a hollow triangle that points to
-    where it must be sought. A bias that cannot be told from zero is a hollow triangle at the upper
-    end of its interval.
+    Paper: none.
+
+    data: `bandwidth.along_run` merged with `bandwidth.best_along` on share, and a column
+    schedule: ε there in training. The best ε on the edge of the grid is a hollow triangle that
+    points to where it must be sought. A bias that cannot be told from zero is a hollow triangle
+    at the upper end of its interval.
     """
     fig, (parts, best) = plt.subplots(1, 2, figsize=(9.0, 4.0))
     shares, averaged = np.sort(data.share.unique()), data.averaged.iloc[0]

@@ -52,6 +52,8 @@ def frequency_histograms(data: pd.DataFrame) -> Figure:
     """Share of latents by frequency, a column an architecture, the others in grey; below, the
     frequent ones enlarged.
 
+    Paper: JumpReLU, Figure 14.
+
     data: columns architecture, dead, log10_frequency, mean, low, high
     (`frequency.frequency_histogram`).
     """
@@ -131,8 +133,10 @@ def frequent_latents(data: pd.DataFrame) -> Figure:
     """Share of latents above each frequency against L0; mean and 95 % t-interval over seeds, of L0
     as well.
 
-    data: one row a run and bound: architecture, bound (a frequency), l0, seed, share. The runs of
-    one seed differ in their sparsity; the n-th of each seed belong together.
+    Paper: JumpReLU, Figure 5.
+
+    data: one row a run and bound: architecture, bound (a frequency), l0, seed, share. The runs
+    of one seed differ in their sparsity; the n-th of each seed belong together.
     """
     bounds = sorted(data.bound.unique())
     fig, axes = plt.subplots(1, len(bounds), figsize=(4.2 * len(bounds), 3.2), squeeze=False)
@@ -147,6 +151,8 @@ def frequent_latents(data: pd.DataFrame) -> Figure:
 def dead_latents(data: pd.DataFrame) -> Figure:
     """Share of latents that are dead against L0, a panel a way to count them; mean and 95 %
     t-interval over seeds.
+
+    Paper: JumpReLU, Figure 13.
 
     data: one row a run and way to count: architecture, counted (the panel's title), l0, seed,
     share.
@@ -168,9 +174,11 @@ def remedies(data: pd.DataFrame) -> Figure:
     """What other sparsity losses do to frequent latents, and their price; mean and 95 % t-interval
     over seeds.
 
+    Paper: none; penalties against frequent latents.
+
     data: one row a run: architecture (the loss; the first is the plain one), seed, l0, dense_10
-    (share of latents that fire on over 10 % of tokens), ratio (FVU over that of the plain loss at
-    the run's L0; NaN outside of its range).
+    (share of latents that fire on over 10 % of tokens), ratio (FVU over that of the plain loss
+    at the run's L0; NaN outside of its range).
     """
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     for ax, column in zip(axes, ("dense_10", "ratio"), strict=True):
@@ -199,8 +207,10 @@ def latent_bands(data: pd.DataFrame) -> Figure:
     """What latents are like, by how often they fire: one panel a descriptor, mean and 95 %
     t-interval over seeds.
 
-    data: columns band, quantity, mean, low, high, seeds, latents (`frequency.frequency_bands`); raw
-    units.
+    Paper: none; JumpReLU, section 1, says that very frequent latents are less interpretable.
+
+    data: columns band, quantity, mean, low, high, seeds, latents (`frequency.frequency_bands`);
+    raw units.
     """
     bands = list(data.band.unique())[::-1]  # the rarest on the left
     number = data[data.quantity == "frequency"].set_index("band").latents

@@ -50,8 +50,13 @@ def _log_axes(ax: plt.Axes) -> None:
 
 
 def tuning(data: pd.DataFrame) -> Figure:
-    """One panel an architecture, one curve a learning rate: columns architecture, lr, l0, fvu,
-    best."""
+    """Every architecture at every learning rate.
+
+    Paper: none; a check that baselines are tuned.
+
+    One panel an architecture, one curve a learning rate: columns architecture, lr, l0, fvu,
+    best.
+    """
     groups = list(data.groupby("architecture", sort=False))
     rows = -(-len(groups) // 3)
     fig, axes = plt.subplots(
@@ -83,8 +88,13 @@ def tuning(data: pd.DataFrame) -> Figure:
 
 
 def pareto(data: pd.DataFrame) -> Figure:
-    """Frontiers: columns architecture, metric, kind ("run" or "band"), seed, l0, value, low, high
-    (a band's 95 % over seeds)."""
+    """Delta LM loss and FVU against L0, eight variants.
+
+    Paper: JumpReLU, Figures 2, 8 and 12.
+
+    Frontiers: columns architecture, metric, kind ("run" or "band"), seed, l0, value, low, high
+    (a band's 95 % over seeds).
+    """
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.6))
     for ax, metric in zip(axes, ("delta_loss", "fvu"), strict=True):
         for name, rows in data[data.metric == metric].groupby("architecture", sort=False):
@@ -135,8 +145,13 @@ METRIC_MARKS = {
 
 
 def matched_l0(data: pd.DataFrame) -> Figure:
-    """Ratios at equal L0, mean and 95 % interval over seeds: columns one, other, metric, mean, low,
-    high."""
+    """Ratios of delta LM loss and FVU at equal L0, with intervals.
+
+    Paper: none; JumpReLU, Figures 2 and 12, as ratios.
+
+    Ratios at equal L0, mean and 95 % interval over seeds: columns one, other, metric, mean, low,
+    high.
+    """
     pairs = data.one + " / " + data.other
     fig, ax = plt.subplots(figsize=(7.5, 0.6 + 0.34 * pairs.nunique()))
     for offset, (metric, look) in zip((-0.13, 0.13), METRIC_MARKS.items(), strict=True):
@@ -156,8 +171,13 @@ def matched_l0(data: pd.DataFrame) -> Figure:
 
 
 def places(data: pd.DataFrame) -> Figure:
-    """Runs at several sites and layers: columns site, layer, architecture, seed, l0, fvu,
-    delta_loss."""
+    """Delta LM loss and FVU against L0 at three sites and three layers.
+
+    Paper: JumpReLU, Figures 2, 10, 11 and 12.
+
+    Runs at several sites and layers: columns site, layer, architecture, seed, l0, fvu,
+    delta_loss.
+    """
     groups = list(data.groupby(["site", "layer"], sort=False))
     fig, axes = plt.subplots(
         2, len(groups), figsize=(2.5 * len(groups) + 0.8, 5), sharex="col", squeeze=False
@@ -187,8 +207,13 @@ def places(data: pd.DataFrame) -> Figure:
 
 
 def place_ratios(data: pd.DataFrame) -> Figure:
-    """JumpReLU over each other architecture by place: columns place, other, metric, mean, low, high
-    (95 %)."""
+    """Ratios at equal L0, site by site and layer by layer.
+
+    Paper: none; JumpReLU, Figures 2, 10, 11 and 12, as ratios.
+
+    JumpReLU over each other architecture by place: columns place, other, metric, mean, low, high
+    (95 %).
+    """
     others = list(data.other.unique())
     fig, axes = plt.subplots(
         1,
@@ -215,14 +240,18 @@ SCALED = {"width": "d_sae", "tokens": "training tokens"}
 
 
 def scaling(data: pd.DataFrame) -> Figure:
-    """Errors (rows) against what grows (columns): mean and 95 % t-interval over seeds, both axes
+    """Errors over width and over tokens, and what power laws predict.
+
+    Paper: none; compare Gemma Scope, Figure 4.
+
+    Errors (rows) against what grows (columns): mean and 95 % t-interval over seeds, both axes
     logarithmic.
 
     data: columns architecture, quantity (of SCALED), x, metric (of METRIC_LABELS), seed, value.
     Thin dashes lead to the hollow mark that a power law predicts at the largest x, fitted to the
-    means at all the others; where these are fewer than two, or one of them is not positive, there
-    is none. Architectures are drawn a little apart at an x, so that their intervals can be told
-    apart.
+    means at all the others; where these are fewer than two, or one of them is not positive,
+    there is none. Architectures are drawn a little apart at an x, so that their intervals can be
+    told apart.
     """
     quantities, metrics = (
         [name for name in names if name in set(data[column])]

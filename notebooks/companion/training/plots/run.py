@@ -17,8 +17,13 @@ use_style()
 
 
 def training(data: pd.DataFrame) -> Figure:
-    """Log rows of several seeds: columns seed, tokens, l0, fvu, dead, sparsity, threshold_p05,
-    _p50, _p95."""
+    """Sparsity, fidelity and thresholds over training.
+
+    Paper: none; the recipe of JumpReLU, section 5.
+
+    Log rows of several seeds: columns seed, tokens, l0, fvu, dead, sparsity, threshold_p05,
+    _p50, _p95.
+    """
     fig, axes = plt.subplots(1, 5, figsize=(13, 2.8), layout="constrained")
     seed_curves(axes[0], data, "sparsity", "λ")
     axes[0].set(ylabel="price of one active latent", title="λ")
@@ -42,8 +47,13 @@ def training(data: pd.DataFrame) -> Figure:
 
 
 def diagnostics(data: pd.DataFrame) -> Figure:
-    """Columns seed, tokens, window_share, window_latents, threshold_travel, reconstruction_push,
-    sparsity_push."""
+    """Who trains θ, how far it goes, and what pushes it.
+
+    Paper: none.
+
+    Columns seed, tokens, window_share, window_latents, threshold_travel, reconstruction_push,
+    sparsity_push.
+    """
     fig, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
     seed_curves(axes[0], data, "window_share", "pre-activations")
     seed_curves(axes[0], data, "window_latents", "latents with any")
@@ -59,8 +69,12 @@ def diagnostics(data: pd.DataFrame) -> Figure:
 
 
 def thresholds(data: pd.DataFrame) -> Figure:
-    """One row a latent: threshold (unit of √E‖x‖²), frequency (share of tokens), initial
-    (θ_init)."""
+    """Thresholds after training, and how often their latents fire.
+
+    Paper: none.
+
+    One row a latent: threshold (unit of √E‖x‖²), frequency (share of tokens), initial (θ_init).
+    """
     fig, axes = plt.subplots(1, 2, figsize=(7.5, 3), layout="constrained")
     bins = np.linspace(0.95 * data.threshold.min(), 1.05 * data.threshold.max(), 40)
     axes[0].hist(data.threshold, bins=bins)
@@ -85,7 +99,12 @@ def thresholds(data: pd.DataFrame) -> Figure:
 
 
 def l0_by_token(data: pd.DataFrame) -> Figure:
-    """Columns architecture, l0 (active latents of a token), share (of tokens)."""
+    """L0 of each token, JumpReLU and TopK.
+
+    Paper: none.
+
+    Columns architecture, l0 (active latents of a token), share (of tokens).
+    """
     fig, ax = plt.subplots(figsize=(5, 3), layout="constrained")
     for name, rows in data.groupby("architecture", sort=False):
         ax.plot(rows.l0, rows.share, label=name, drawstyle="steps-mid")
@@ -100,7 +119,12 @@ def l0_by_token(data: pd.DataFrame) -> Figure:
 
 
 def shrinkage(data: pd.DataFrame) -> Figure:
-    """One row a run: architecture, l0, fvu, norm_ratio (Σ x·x̂ / Σ‖x̂‖², about the mean)."""
+    """Shrinkage of ReLU with L1 and of JumpReLU with L0.
+
+    Paper: none; JumpReLU argues it in words.
+
+    One row a run: architecture, l0, fvu, norm_ratio (Σ x·x̂ / Σ‖x̂‖², about the mean).
+    """
     fig, axes = plt.subplots(1, 3, figsize=(9.5, 3), layout="constrained")
     for ax, column, label in zip(
         axes,
@@ -116,8 +140,13 @@ def shrinkage(data: pd.DataFrame) -> Figure:
 
 
 def bandwidth_tradeoff(data: pd.DataFrame) -> Figure:
-    """One row a run: bandwidth (ε), sparsity (λ), seed, l0, fvu, threshold_travel; mean and 95 %
-    t-interval over seeds."""
+    """L0, FVU and travel of θ over the bandwidth ε.
+
+    Paper: none; Gemma Scope's footnote on the bandwidth.
+
+    One row a run: bandwidth (ε), sparsity (λ), seed, l0, fvu, threshold_travel; mean and 95 %
+    t-interval over seeds.
+    """
     fig, axes = plt.subplots(1, 4, figsize=(12, 3), layout="constrained")
     same_price = data[data.sparsity == data.sparsity.min()]
     panels = (("l0", "L0"), ("fvu", "FVU"), ("threshold_travel", "mean |log θ − log θ_init|, nats"))
