@@ -230,6 +230,59 @@ class SAE(torch.nn.Module):
         )
         return folder
 
+    @staticmethod
+    def load(
+        folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> SAE:
+        """Read what :meth:`SAE.save` wrote, an SAE or a transcoder.
+
+        Raises FileNotFoundError where there is none, ValueError for a pickle (never opened), a file
+        that was cut off, or weights and configuration that are not of one save.
+        """
+        folder = Path(folder)
+        if folder.is_file() and folder.suffix in {".pt", ".pth", ".bin", ".pkl", ".pickle"}:
+            raise ValueError(
+                f"{folder} is a pickle, which can run code when it is opened: refused. Expected a folder with "
+                f"{WEIGHTS} and {CONFIG}; convert the file where it came from"
+            )
+        missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
+        if missing:
+            found = (
+                sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
+            )
+            raise FileNotFoundError(
+                f"no SAE in {folder}: expected {' and '.join(missing)}, found {found}"
+            )
+        config = read_json(folder / CONFIG)
+        if config.get("format") != FORMAT:
+            raise ValueError(
+                f"{folder / CONFIG} has format {config.get('format')!r}, this version reads {FORMAT}: save the SAE "
+                "again with a matching version"
+            )
+        try:
+            tensors = load_file(folder / WEIGHTS, device=str(device))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{folder / WEIGHTS} is damaged or cut off ({error}): copy or save it again"
+            ) from error
+        if sha256(folder / WEIGHTS) != config["sha256"]:
+            raise ValueError(
+                f"{folder / WEIGHTS} is not the file that {CONFIG} was written with: copy or save both again"
+            )
+        origin = Origin(**{name: config[name] for name in Origin._fields})
+        threshold = tensors.pop("threshold")
+        kind = KINDS.get(config.get("kind", SAE.__name__))
+        if kind is None:
+            raise ValueError(
+                f"{folder / CONFIG} is of kind {config['kind']!r}, this version reads {', '.join(KINDS)}"
+            )
+        return kind(
+            **{name: tensor.to(dtype) for name, tensor in tensors.items()},
+            threshold=threshold,
+            k=config["k"],
+            origin=origin,
+        )
+
     def extra_repr(self) -> str:
         o = self.origin
         return f"{o.architecture}, d_in={self.d_in}, d_sae={self.d_sae}, {o.model_name}, {o.site}, layer={o.layer}"
@@ -293,55 +346,4 @@ def _as_coo(support: sparse.Support) -> torch.Tensor:
         support.shape,
         is_coalesced=True,
         check_invariants=False,
-    )
-
-
-def load_sae(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> SAE:
-    """Read an SAE that :meth:`SAE.save` wrote.
-
-    Raises FileNotFoundError where there is none, ValueError for a pickle (never opened), a file
-    that was cut off, or weights and configuration that are not of one save.
-    """
-    folder = Path(folder)
-    if folder.is_file() and folder.suffix in {".pt", ".pth", ".bin", ".pkl", ".pickle"}:
-        raise ValueError(
-            f"{folder} is a pickle, which can run code when it is opened: refused. Expected a folder with "
-            f"{WEIGHTS} and {CONFIG}; convert the file where it came from"
-        )
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
-    if missing:
-        found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
-        raise FileNotFoundError(
-            f"no SAE in {folder}: expected {' and '.join(missing)}, found {found}"
-        )
-    config = read_json(folder / CONFIG)
-    if config.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder / CONFIG} has format {config.get('format')!r}, this version reads {FORMAT}: save the SAE "
-            "again with a matching version"
-        )
-    try:
-        tensors = load_file(folder / WEIGHTS, device=str(device))
-    except SafetensorError as error:
-        raise ValueError(
-            f"{folder / WEIGHTS} is damaged or cut off ({error}): copy or save it again"
-        ) from error
-    if sha256(folder / WEIGHTS) != config["sha256"]:
-        raise ValueError(
-            f"{folder / WEIGHTS} is not the file that {CONFIG} was written with: copy or save both again"
-        )
-    origin = Origin(**{name: config[name] for name in Origin._fields})
-    threshold = tensors.pop("threshold")
-    kind = KINDS.get(config.get("kind", SAE.__name__))
-    if kind is None:
-        raise ValueError(
-            f"{folder / CONFIG} is of kind {config['kind']!r}, this version reads {', '.join(KINDS)}"
-        )
-    return kind(
-        **{name: tensor.to(dtype) for name, tensor in tensors.items()},
-        threshold=threshold,
-        k=config["k"],
-        origin=origin,
     )

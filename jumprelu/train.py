@@ -42,7 +42,7 @@ from .estimators import heaviside
 from .files import digest, read_json, write_json, write_tensors, write_text
 from .optim import Adam
 from .recipe import TrainConfig, bandwidth_at, lr_factor, sparsity_at
-from .sae import SAE, load_sae
+from .sae import SAE
 from .sites import INPUTS
 
 SATURATED = 30.0
@@ -341,7 +341,7 @@ class _Run:
                     "another folder, or delete that one. Nothing was overwritten"
                 )
             self.result = TrainResult(
-                load_sae(self.folder, device), pd.read_csv(self.folder / "log.csv")
+                SAE.load(self.folder, device), pd.read_csv(self.folder / "log.csv")
             )
         elif there == "interrupted":
             self.team.see(self.checkpoint)
@@ -411,7 +411,7 @@ class _Run:
         self.team.wait()
         if not self.team.first:
             self.team.see(self.folder / "run.json")
-            sae = load_sae(self.folder)
+            sae = SAE.load(self.folder)
         self.state, self.result = None, TrainResult(sae, pd.read_csv(io.StringIO(text)))
 
 

@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..files import read_json, write_json, write_tensors, writing
-from ..sae import SAE, Origin, Transcoder, check_autoencoder, load_sae
+from ..sae import SAE, Origin, Transcoder, check_autoencoder
 
 OURS = "jumprelu"
 """The key of our own notes in another library's configuration."""
@@ -676,7 +676,7 @@ def _parts(sae: SAE) -> Parts:
 
 
 def _read_ours(folder: Path) -> Parts:
-    sae = load_sae(folder)
+    sae = SAE.load(folder)
     check_autoencoder(sae)
     return _parts(sae)
 

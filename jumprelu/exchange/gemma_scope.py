@@ -41,9 +41,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from .. import sae
 from ..files import read_json, writing
-from ..sae import SAE, Origin, Transcoder
+from ..sae import CONFIG, SAE, WEIGHTS, Origin, Transcoder
 from . import formats, hub
 
 ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
@@ -262,7 +261,7 @@ def load_sae(
     elif _is_foreign(root):
         return formats.read(root).to(device, dtype)
     else:
-        return sae.load_sae(root, device, dtype)
+        return SAE.load(root, device, dtype)
     try:
         arrays = _open(file)
         origin, kind = _origin(full, file, site, layer, "affine_skip_connection" in arrays)
@@ -290,7 +289,7 @@ def _is_ours(root: Path) -> bool:
     """For jumprelu.sae: a folder of SAE.save, or a file of another kind, which it refuses."""
     if root.is_file():
         return root.suffix not in {".npz", ".safetensors"}
-    return (root / sae.CONFIG).exists() or (root / sae.WEIGHTS).exists()
+    return (root / CONFIG).exists() or (root / WEIGHTS).exists()
 
 
 def _is_foreign(root: Path) -> bool:

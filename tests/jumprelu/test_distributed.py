@@ -20,7 +20,7 @@ from jumprelu.activations import activations_from_tensor, open_activations
 from jumprelu.distributed import ALONE, Team, latent_dim, start
 from jumprelu.files import read_json
 from jumprelu.recipe import TrainConfig
-from jumprelu.sae import Transcoder, load_sae
+from jumprelu.sae import SAE, Transcoder
 from jumprelu.train import train
 
 BASE = {
@@ -177,7 +177,7 @@ def test_torchrun_restarts_a_worker_that_was_killed(store, tmp_path):
     psutil.Process(process.pid).children(recursive=True)[0].kill()
     finish(process)
     assert read_json(tmp_path / "run/run.json")["config"]["steps"] == 2_000
-    assert load_sae(tmp_path / "run").d_sae == 64
+    assert SAE.load(tmp_path / "run").d_sae == 64
 
 
 def wait_for(path, process):
@@ -300,4 +300,4 @@ def test_the_command_line_trains(tmp_path, monkeypatch, capsys):
         ]
     )
     assert "d_sae=64" in capsys.readouterr().out
-    assert load_sae(tmp_path / "run").origin.layer == 3
+    assert SAE.load(tmp_path / "run").origin.layer == 3

@@ -10,7 +10,7 @@ import jumprelu as jr
 from jumprelu.architectures import Trainee
 from jumprelu.losses import DENSE
 from jumprelu.recipe import SPARSITY_LOSSES, TrainConfig
-from jumprelu.sae import SAE, Origin, load_sae
+from jumprelu.sae import SAE, Origin
 
 
 def random_sae(d_in=6, d_sae=10, k=None, seed=0, **origin):
@@ -65,7 +65,7 @@ def test_save_and_load(tmp_path):
     sae = random_sae(
         k=3, model_name="m", site="mlp_out", layer=2, input_scale=7.5, training={"lr": 1.0}
     )
-    loaded = load_sae(sae.save(tmp_path / "sae"))
+    loaded = SAE.load(sae.save(tmp_path / "sae"))
     assert loaded.origin == sae.origin and loaded.k == 3 and loaded.fingerprint == sae.fingerprint
     for name, tensor in sae.named_parameters():
         assert torch.equal(tensor, getattr(loaded, name))
@@ -75,25 +75,25 @@ def test_save_and_load(tmp_path):
 def test_bad_files(tmp_path):
     sae, folder = random_sae(), tmp_path / "sae"
     with pytest.raises(FileNotFoundError, match="no SAE in"):
-        load_sae(tmp_path / "none")
+        SAE.load(tmp_path / "none")
     sae.save(folder)
     whole = (folder / "sae.safetensors").read_bytes()
     (folder / "sae.safetensors").write_bytes(whole[:-10])
     with pytest.raises(ValueError, match="damaged or cut off"):
-        load_sae(folder)
+        SAE.load(folder)
     (folder / "sae.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ValueError, match="not the file"):
-        load_sae(folder)
+        SAE.load(folder)
     (folder / "sae.safetensors").write_bytes(whole)
     (folder / "cfg.json").write_text('{"format": 1,')
     with pytest.raises(ValueError, match="not valid JSON"):
-        load_sae(folder)
+        SAE.load(folder)
     (folder / "cfg.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match="format 99"):
-        load_sae(folder)
+        SAE.load(folder)
     torch.save({"a": torch.zeros(1)}, tmp_path / "ae.pt")
     with pytest.raises(ValueError, match="pickle"):
-        load_sae(tmp_path / "ae.pt")
+        SAE.load(tmp_path / "ae.pt")
 
 
 def test_shapes_are_checked():

@@ -22,7 +22,7 @@ from jumprelu.architectures import Trainee
 from jumprelu.files import digest
 from jumprelu.losses import DENSE
 from jumprelu.recipe import SPARSITY_LOSSES, TrainConfig
-from jumprelu.sae import Transcoder, load_sae
+from jumprelu.sae import SAE, Transcoder
 from jumprelu.train import BLOCK, Inputs, TrainResult, _advance, _State, train, train_many
 
 module = sys.modules["jumprelu.train"]  # `jumprelu.train` is the function
@@ -263,11 +263,11 @@ def test_out_folder(acts, tmp_path):
     sae, log = train(acts, SMALL, out=tmp_path / "run", device="cpu")
     again = train(acts, SMALL, out=tmp_path / "run", device="cpu")
     assert again.sae.fingerprint == sae.fingerprint and again.log.equals(log)
-    assert load_sae(tmp_path / "run").origin == sae.origin
+    assert SAE.load(tmp_path / "run").origin == sae.origin
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
     with pytest.raises(ValueError, match="another configuration"):
         train(acts, dataclasses.replace(SMALL, seed=5), out=tmp_path / "run", device="cpu")
-    assert load_sae(tmp_path / "run").fingerprint == sae.fingerprint
+    assert SAE.load(tmp_path / "run").fingerprint == sae.fingerprint
 
 
 RUN = """
@@ -430,7 +430,7 @@ def test_a_run_stopped_half_way_has_the_bits_of_the_whole_run(acts, tmp_path, ch
     )
     assert not torch.equal(stopped.sae.W_dec, whole.sae.W_dec)
     resumed = train(acts, half, out=tmp_path, device="cpu", log_rows=7)  # from step 17
-    assert resumed.sae.fingerprint == stopped.sae.fingerprint == load_sae(tmp_path).fingerprint
+    assert resumed.sae.fingerprint == stopped.sae.fingerprint == SAE.load(tmp_path).fingerprint
     assert (
         train(acts, half, out=tmp_path, device="cpu", log_rows=7).sae.fingerprint
         == stopped.sae.fingerprint
@@ -679,7 +679,7 @@ def test_a_transcoder_predicts_its_targets(tmp_path, acts, architecture):
     assert error.item() == pytest.approx(
         log.fvu.iloc[-1], rel=0.25
     )  # of the last batch, in training's units
-    again = load_sae(tmp_path / "run")
+    again = SAE.load(tmp_path / "run")
     assert isinstance(again, Transcoder) and torch.equal(again(x), sae(x))
     if architecture != "topk":
         torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(48))

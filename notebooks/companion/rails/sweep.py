@@ -32,7 +32,7 @@ from jumprelu.corpus import Tokens
 from jumprelu.lm import LM
 from jumprelu.metrics import Report, evaluate, evaluate_many
 from jumprelu.recipe import TrainConfig
-from jumprelu.sae import SAE, load_sae
+from jumprelu.sae import SAE
 from jumprelu.train import TrainResult, train, train_many
 
 from .cache import Slot, remember, slot
@@ -63,7 +63,7 @@ class Scored(NamedTuple):
         return TrainResult(self.sae(), pd.read_csv(self.folder / "log.csv"))
 
     def sae(self) -> SAE:
-        return load_sae(self.folder)
+        return SAE.load(self.folder)
 
 
 class Job(NamedTuple):
