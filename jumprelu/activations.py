@@ -475,6 +475,10 @@ def activations_from_tensor(
     return open_activations(out)
 
 
+# Part of the key under which a store is kept, see harvest.py.
+activations_from_tensor.version, activations_from_tensor.threads_matter = 1, False
+
+
 def check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")

@@ -166,6 +166,11 @@ def harvest(
     return stores if several else stores[keys[0]]
 
 
+# Part of the key under which a store is kept: raise it with every change of what is stored. Number
+# of threads and version of torch are left out: a store is taken as it is.
+harvest.version, harvest.threads_matter = 1, False
+
+
 def _check_and_add(
     lm: LM,
     key: Key,

@@ -656,6 +656,10 @@ def train_many(
     return _train_all(acts, configs, folders, device, checkpoint_seconds, log_rows, targets)
 
 
+# Part of the key under which a run is kept: raise it with every change of what is computed.
+train.version = train_many.version = 1
+
+
 if __name__ == "__main__":  # `python -m companion.rails.launch` does the same
     from companion.rails.launch import main
 

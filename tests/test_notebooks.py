@@ -16,9 +16,10 @@ import nbformat
 import pytest
 import yaml
 from companion.PLOTS import plots
+from companion.rails.closure import source_closure
 from companion.rails.figures import read_figure_data
 from companion.rails.profiles import DEFAULT_PROFILE, Notebook, check_profile
-from companion.rails.reproduce import cells_of, data_files, measured_files, source_closure
+from companion.rails.reproduce import cells_of, data_files, measured_files
 from nbval.plugin import get_sanitize_patterns
 
 from jumprelu.files import digest, sha256

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 import torch
 from companion.rails import cache
-from companion.rails.cache import closure_hash, content, remember, source_closure
+from companion.rails.cache import content, remember, result_key, slot
+from companion.rails.closure import closure_hash, source_closure
 
 SOURCES = {
     "__init__.py": "from .top import run\nfrom . import base\n",
@@ -68,6 +69,7 @@ if __name__ == "__main__":
     alone(unused)
 """,
 }
+TOY = frozenset({"toy"})
 NAMES = ("run", "late", "by_class", "whole", "by_package", "alone")
 
 
@@ -89,7 +91,8 @@ def hashes(tmp_path, monkeypatch):
                 source = source.replace(old, new)
             (folder / name).write_text(source.replace("{package}", package))
         return {
-            name: source_closure(f"from toy.top import {name}\n{name}()", package) for name in NAMES
+            name: source_closure(f"from toy.top import {name}\n{name}()", frozenset({package}))
+            for name in NAMES
         }
 
     yield write_and_hash
@@ -134,9 +137,9 @@ def test_a_statement_that_binds_nothing_counts_for_its_whole_module(hashes):
 def test_a_name_that_cannot_be_resolved_counts_as_the_whole_package(hashes, tmp_path):
     hashes()
     source = "import toy as jr\njr.made_at_run_time()"
-    before = source_closure(source, "toy")
+    before = source_closure(source, TOY)
     hashes("base.py", "return x + OTHER", "return x - OTHER")
-    assert source_closure(source, "toy") != before
+    assert source_closure(source, TOY) != before
 
 
 def test_a_module_that_is_missing_is_left_to_its_import(hashes):
@@ -217,11 +220,11 @@ def test_an_instance_brings_the_code_of_its_class(hashes):
     import toy.base
 
     thing = toy.base.Thing()
-    before = content(thing, "toy")
+    before = content(thing, TOY)
     hashes("base.py", "return x + OTHER", "return x - OTHER")
-    assert content(thing, "toy") == before
+    assert content(thing, TOY) == before
     hashes("base.py", "return helper(self.size)", "return 0")
-    assert content(thing, "toy") != before
+    assert content(thing, TOY) != before
 
 
 @pytest.mark.parametrize("value", [object(), torch.nn.Linear(1, 1), {1, 2}, [object()]])
@@ -264,6 +267,13 @@ def into_folder(text: str, out: Path | None = None) -> str:
     return out.name
 
 
+into_folder.version = 1
+
+
+def without_version(out: Path) -> None:
+    pass
+
+
 def no_result() -> np.ndarray:
     return np.zeros(2)
 
@@ -285,11 +295,11 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def test_a_table_is_computed_once(caplog):
-    caplog.set_level(logging.INFO, "jumprelu")
+    caplog.set_level(logging.INFO, "companion")
     first, second = remember(table, 3), remember(table, rows=3, scale=0.1)
     assert calls == ["table"]
     pd.testing.assert_frame_equal(first, second)
-    assert "computed table" in caplog.text and "reused table" in caplog.text
+    assert "computing table" in caplog.text and "reused table" in caplog.text
     remember(table, 4)
     assert calls == ["table", "table"]
 
@@ -325,11 +335,11 @@ def test_tensors_come_back_as_they_were():
 
 def test_the_threads_are_part_of_the_key():
     threads = torch.get_num_threads()
-    one = cache.result_key(table, {"rows": 1})
+    one = result_key(table, {"rows": 1})
     torch.set_num_threads(threads + 1)
-    two = cache.result_key(table, {"rows": 1})
+    two = result_key(table, {"rows": 1})
     torch.set_num_threads(threads)
-    assert one != two and one == cache.result_key(table, {"rows": 1})
+    assert one != two and one == result_key(table, {"rows": 1})
 
 
 def test_a_function_with_out_keeps_its_own_folder():
@@ -342,6 +352,8 @@ def test_a_function_with_out_keeps_its_own_folder():
     assert (cache.cache_root() / "results" / first / "a").exists()
     with pytest.raises(TypeError, match="chooses the folder"):
         remember(into_folder, "a", out=Path("x"))
+    with pytest.raises(TypeError, match=r"write `without_version.version = 1` below it"):
+        remember(without_version)
 
 
 @pytest.mark.parametrize(

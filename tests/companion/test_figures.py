@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from companion.PLOTS import plots
 from companion.rails import figures
-from companion.rails.cache import source_closure
+from companion.rails.closure import source_closure
 from companion.rails.figures import read_figure_data, save_figure, show_facts
 from companion.rails.profiles import find_notebooks
 

@@ -60,6 +60,9 @@ def error_part(
     return open_activations(out)
 
 
+error_part.version, error_part.threads_matter = 1, False  # of its key, see rails/cache.py
+
+
 class OnPart(SAE):
     """An SAE of a part of another one's error, made a function of the activation x: its contexts
     can be collected like any SAE's.

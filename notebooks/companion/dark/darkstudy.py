@@ -63,6 +63,9 @@ def shuffled(acts: Activations, out: str | Path, rows: int = 2**18, seed: int = 
     return activations_from_tensor(x, out)
 
 
+shuffled.version, shuffled.threads_matter = 1, False  # of its key, see rails/cache.py
+
+
 def random_sae(acts: Activations, config: TrainConfig) -> SAE:
     """An SAE as training begins: random atoms of norm 1, the encoder their transpose, b_dec the
     mean activation."""

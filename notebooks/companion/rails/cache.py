@@ -1,32 +1,29 @@
-"""Results that are kept: computed once for a given code and given arguments, then read back.
+"""Results that are kept: computed once for given arguments, then read back.
 
 Notable here:
-- a result's key holds a hash of the function *and of every function, class and constant of the
-  package that it uses*, found in the source by name. Editing one function forgets the results that
-  depend on it and no others; comments, docstrings and type hints do not count.
+- two kinds of key. A cheap result, such as a table, is kept under the code that computes it
+  (`closure.py`) and the content of its arguments: edit a function, and what depends on it is
+  computed again. Expensive data (a store of activations, a trained SAE: functions with a parameter
+  `out`) are kept under the function's name, its `version` and the content of the arguments: a
+  better error message must not cost a day of training. Whoever changes what such a function
+  computes raises its `version`.
 - a fresh result is read back from disk before it is returned, so the first run and the second see
   the same values.
 - nothing is pickled: tables are Parquet, tensors safetensors, everything else is JSON.
-
-Names are followed where the source says them: `f(x)`, `module.f(x)`, imports inside functions. A
-module that is passed around counts as a use of all that it defines, a name that cannot be resolved
-as a use of the whole package. What is reached only through an argument is covered by the argument:
-an instance of a class of the package brings the hash of its class. The source is read from disk, so
-restart a notebook's kernel after editing the package.
+- of two processes that want one result at the same time, one computes it, and the other waits and
+  reads.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import logging
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,252 +43,12 @@ from jumprelu.files import (
     writing,
 )
 
+from .closure import OWN, closure_hash, followed
+from .locks import locked
+
 log = logging.getLogger(__name__)
 
 TENSORS = "tensors.safetensors"
-OWN = frozenset({"jumprelu", "companion"})
-"""The packages whose source is followed: what a notebook uses of either belongs to its key."""
-EFFECTS = "<effects>"
-"""Name for the statements of a module that bind nothing, such as a call: all of the module depends
-on them."""
-
-# ---- the source that a function depends on
-
-
-class _Definition(NamedTuple):
-    text: str
-    """Normalised source: no comments, docstrings or hints."""
-    uses: frozenset[tuple[str, ...]]
-    """Names it mentions, with the attributes behind them: ('np', 'log') for np.log."""
-    imports: dict[str, str]
-    """Imports inside a function: name bound there → dotted target."""
-
-
-class _Module(NamedTuple):
-    definitions: dict[str, list[_Definition]]
-    imports: dict[str, str]
-
-
-class _Normalise(ast.NodeTransformer):
-    """Drop what a run does not see: docstrings (also those under a field or a constant) and hints
-    of functions."""
-
-    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
-        if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            return None
-        return self.generic_visit(node)
-
-    def visit_arg(self, node: ast.arg) -> ast.AST:
-        node.annotation = None
-        return node
-
-    def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
-        node.returns = None
-        self.generic_visit(node)
-        node.body = node.body or [ast.Pass()]
-        return node
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        self.generic_visit(node)
-        node.body = node.body or [ast.Pass()]
-        return node
-
-    visit_FunctionDef = visit_AsyncFunctionDef = _function
-
-
-def _imports(node: ast.AST, package: str) -> Iterator[tuple[str, str]]:
-    """(name bound, dotted target) of every import in `node`; `package` is what a leading dot
-    means."""
-    for statement in ast.walk(node):
-        if isinstance(statement, ast.Import):
-            for alias in statement.names:
-                yield (
-                    (alias.asname, alias.name) if alias.asname else (alias.name.split(".")[0],) * 2
-                )
-        elif isinstance(statement, ast.ImportFrom):
-            base = importlib.util.resolve_name(
-                "." * statement.level + (statement.module or ""), package
-            )
-            for alias in statement.names:
-                yield alias.asname or alias.name, f"{base}.{alias.name}"
-
-
-def _uses(node: ast.AST) -> frozenset[tuple[str, ...]]:
-    found: set[tuple[str, ...]] = set()
-
-    def visit(node: ast.AST) -> None:
-        chain, inner = [], node
-        while isinstance(inner, ast.Attribute):
-            chain.append(inner.attr)
-            inner = inner.value
-        if isinstance(inner, ast.Name):
-            found.add((inner.id, *reversed(chain)))
-            return
-        for child in ast.iter_child_nodes(inner):
-            visit(child)
-
-    visit(node)
-    return frozenset(found)
-
-
-def _bound(statement: ast.stmt) -> list[str]:
-    """Names that a statement of a module binds."""
-    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return [statement.name]
-    names = [
-        node.id
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    ]
-    return names + [
-        node.name
-        for node in ast.walk(statement)
-        if isinstance(node, ast.FunctionDef | ast.ClassDef)
-    ]
-
-
-@functools.lru_cache(maxsize=256)
-def _parse(source: str, package: str) -> _Module:
-    module = _Module({}, {})
-    for statement in _Normalise().visit(ast.parse(source)).body:
-        if isinstance(statement, ast.Import | ast.ImportFrom):
-            module.imports.update(_imports(statement, package))
-            continue
-        if isinstance(statement, ast.If) and "__name__" in ast.unparse(statement.test):
-            continue  # `if __name__ == "__main__"` is not run by an import
-        if isinstance(statement, ast.If | ast.Try | ast.With):
-            module.imports.update(_imports(statement, package))
-        definition = _Definition(
-            ast.unparse(statement), _uses(statement), dict(_imports(statement, package))
-        )
-        for name in _bound(statement) or [EFFECTS]:
-            module.definitions.setdefault(name, []).append(definition)
-    return module
-
-
-def _file(module: str) -> Path | None:
-    """Source file of a module, or None if there is no such module. Imports nothing but the parent
-    package."""
-    loaded = sys.modules.get(module)
-    if getattr(loaded, "__file__", None):
-        return Path(loaded.__file__)
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        return None
-    return Path(spec.origin) if spec and spec.origin and spec.has_location else None
-
-
-def _load(module: str) -> _Module:
-    path = _file(module)
-    if path is None or path.suffix != ".py":
-        raise TypeError(
-            f"the source of module {module!r} is not in a .py file: move what is to be cached into a module"
-        )
-    return _parse(
-        path.read_text(encoding="utf-8"),
-        module if path.name == "__init__.py" else module.rpartition(".")[0],
-    )
-
-
-def _everything(package: str) -> Iterator[tuple[str, str]]:
-    path = _file(package)
-    for file in sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]:
-        inner = (
-            file.relative_to(path.parent).with_suffix("").parts
-            if path.name == "__init__.py"
-            else ()
-        )
-        module = ".".join([package, *(part for part in inner if part != "__init__")])
-        yield from ((module, each) for each in _load(module).definitions)
-
-
-def _resolve(
-    target: str, rest: tuple[str, ...], packages: frozenset[str]
-) -> Iterator[tuple[str, str]]:
-    """(module, name) pairs that the dotted `target`, followed by attributes `rest`, stands for.
-
-    `target` is inside one of `packages`; a module without an attribute stands for all that it
-    defines.
-    """
-    parent, _, name = target.rpartition(".")
-    if parent:
-        if _file(parent) is None:
-            return  # a module that is not there has no code; the import itself will say so
-        owner = _load(parent)
-        if name in owner.definitions:
-            yield parent, name
-            return
-        if name in owner.imports and owner.imports[name] != target:
-            if owner.imports[name].split(".")[0] in packages:
-                yield from _resolve(owner.imports[name], rest, packages)
-            return
-    if _file(target) is None:
-        yield from _everything(
-            target.split(".")[0]
-        )  # a name made at run time: it may stand for anything
-    elif rest:
-        yield from _resolve(f"{target}.{rest[0]}", rest[1:], packages)
-    else:
-        yield from ((target, each) for each in _load(target).definitions)
-
-
-def _dependencies(
-    definition: _Definition, module: str | None, packages: frozenset[str]
-) -> Iterator[tuple[str, str]]:
-    known = _load(module) if module else _Module({}, {})
-    for name, *rest in definition.uses:
-        target = definition.imports.get(name) or known.imports.get(name)
-        if module and name in known.definitions:
-            yield module, name
-        if target and target.split(".")[0] in packages:
-            yield from _resolve(target, tuple(rest), packages)
-
-
-def _closure(start: list[tuple[str, str]], packages: frozenset[str]) -> str:
-    texts: dict[tuple[str, str], list[str]] = {}
-    waiting = list(start)
-    while waiting:
-        module, name = waiting.pop()
-        if (module, name) in texts:
-            continue
-        definitions = _load(module).definitions.get(name, [])
-        texts[module, name] = [definition.text for definition in definitions]
-        for definition in definitions:
-            waiting += _dependencies(definition, module, packages)
-        waiting.append((module, EFFECTS))
-    return digest(sorted((*key, *value) for key, value in texts.items()))
-
-
-def closure_hash(fn: Callable | type) -> str:
-    """Hash of a function's or class's source and of all that it uses in its own top-level package.
-
-    It changes with the code of anything reached, and not with comments, docstrings, hints or
-    unrelated code. Raises TypeError for what cannot be found again by its name: lambdas, functions
-    inside functions or typed into a notebook, callable objects.
-    """
-    name, module = getattr(fn, "__qualname__", None), getattr(fn, "__module__", None)
-    if not name or not module or "<" in name or module == "__main__":
-        raise TypeError(
-            f"cannot follow the source of {fn!r}: expected a function or class defined at the top level of a "
-            "module. Move it into one, and pass what a lambda or an inner function captures as an argument"
-        )
-    return _closure([(module, name.split(".")[0])], _followed(module))
-
-
-def _followed(module: str) -> frozenset[str]:
-    """The packages to follow from a module: our own together, any other alone."""
-    package = module.split(".")[0]
-    return OWN if package in OWN else frozenset({package})
-
-
-def source_closure(source: str, packages: frozenset[str] = OWN) -> str:
-    """Like :func:`closure_hash`, of everything in `packages` that a piece of code uses: a
-    notebook's, say."""
-    tree = _Normalise().visit(ast.parse(source))
-    code = _Definition("", _uses(tree), dict(_imports(tree, "")))
-    return _closure(list(_dependencies(code, None, packages)), packages)
-
 
 # ---- the content of arguments
 
@@ -300,45 +57,46 @@ def _bytes_hash(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
 
 
-def content(value: Any, packages: frozenset[str] = OWN) -> Any:
+def content(value: Any, packages: frozenset[str] = OWN, code: bool = True) -> Any:
     """A value as plain lists, strings and numbers that are equal exactly if the contents are.
 
     Takes plain values, containers of them, dataclasses, NumPy arrays, tensors, DataFrames, paths
     (by the content of the file or folder), functions and classes, and objects with a `fingerprint`.
+    code: an instance of a class of `packages` counts as another one when the source of its class
+    has changed. Functions and classes themselves always go by their source.
+
     Raises TypeError for the rest.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
+
+    def inner(part: Any) -> Any:
+        return content(part, packages, code)
+
     kind = type(value)
     # an instance can only bring code along through its class
-    code = closure_hash(kind) if kind.__module__.split(".")[0] in packages else ""
+    ours = kind.__module__.split(".")[0] in packages
+    source = closure_hash(kind) if code and ours else ""
     if (
         hasattr(value, "fingerprint")
         and not inspect.isroutine(value)
         and not isinstance(value, type)
     ):
-        return [kind.__qualname__, code, content(value.fingerprint, packages)]
+        return [kind.__qualname__, source, inner(value.fingerprint)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {
-            f.name: content(getattr(value, f.name), packages) for f in dataclasses.fields(value)
-        }
-        return [kind.__qualname__, code, fields]
+        fields = {f.name: inner(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return [kind.__qualname__, source, fields]
     if isinstance(value, torch.Tensor):
         return ["tensor", tensor_digest({"": value})]
     if isinstance(value, np.generic | np.ndarray) and value.dtype != object:
         return ["array", str(value.dtype), list(value.shape), _bytes_hash(value)]
     if isinstance(value, pd.DataFrame):
-        rows = pd.util.hash_pandas_object(value).to_numpy()
-        return [
-            "table",
-            [str(c) for c in value.columns],
-            [str(t) for t in value.dtypes],
-            _bytes_hash(rows),
-        ]
+        columns, types = [str(c) for c in value.columns], [str(t) for t in value.dtypes]
+        return ["table", columns, types, _bytes_hash(pd.util.hash_pandas_object(value).to_numpy())]
     if isinstance(value, list | tuple):
-        return [kind.__qualname__, code, [content(item, packages) for item in value]]
+        return [kind.__qualname__, source, [inner(item) for item in value]]
     if isinstance(value, dict):
-        return ["dict", [[content(k, packages), content(v, packages)] for k, v in value.items()]]
+        return ["dict", [[inner(key), inner(item)] for key, item in value.items()]]
     if isinstance(value, Path):
         files = sorted(f for f in value.rglob("*") if f.is_file()) if value.is_dir() else [value]
         return ["path", [[f.relative_to(value).as_posix(), sha256(f)] for f in files]]
@@ -347,8 +105,9 @@ def content(value: Any, packages: frozenset[str] = OWN) -> Any:
     if inspect.isfunction(value) or isinstance(value, type):
         return ["code", value.__qualname__, closure_hash(value)]
     raise TypeError(
-        f"cannot tell the content of a {kind.__module__}.{kind.__qualname__}: expected plain values, dataclasses, "
-        "arrays, tensors, DataFrames, paths, or an object with a `fingerprint` that names its content"
+        f"cannot tell the content of a {kind.__module__}.{kind.__qualname__}: expected plain "
+        "values, dataclasses, arrays, tensors, DataFrames, paths, or an object with a "
+        "`fingerprint` that names its content"
     )
 
 
@@ -382,9 +141,9 @@ def _store(value: Any, tables: list[pd.DataFrame], tensors: dict[str, torch.Tens
         }  # keeps the order
     hint = ": call .item() or .tolist()" if isinstance(value, np.ndarray) else ""
     raise TypeError(
-        f"cannot keep a {type(value).__name__}{hint}. A remembered function returns a DataFrame, or numbers, "
-        "strings, tensors and DataFrames in lists, tuples, NamedTuples or dicts with string keys; or it takes "
-        "a folder `out`"
+        f"cannot keep a {type(value).__name__}{hint}. A remembered function returns a DataFrame, "
+        "or numbers, strings, tensors and DataFrames in lists, tuples, NamedTuples or dicts with "
+        "string keys; or it takes a folder `out`"
     )
 
 
@@ -406,7 +165,8 @@ def _restore(value: Any, folder: Path, packages: frozenset[str]) -> Any:
         return items
     if module.split(".")[0] not in packages:  # a file must not be able to name any class at all
         raise TypeError(
-            f"{folder / 'result.json'} names the class {value['tuple']}, which is not of the package {sorted(packages)}"
+            f"{folder / 'result.json'} names the class {value['tuple']}, which is not of the "
+            f"package {sorted(packages)}"
         )
     return functools.reduce(getattr, name.split("."), importlib.import_module(module))(*items)
 
@@ -431,16 +191,45 @@ def _write_result(value: Any, folder: Path) -> None:
     )  # last: a folder without it is an unfinished one
 
 
+# ---- keys and slots
+
+
+def keeps_itself(fn: Callable) -> bool:
+    """Whether a function has a parameter `out`: a folder that it fills and reads back by itself."""
+    return "out" in inspect.signature(fn).parameters
+
+
 def result_key(fn: Callable, arguments: dict[str, Any]) -> str:
-    """Key of `fn` called with `arguments` (name → value): code, contents, versions of torch and
-    NumPy, threads."""
-    versions = [torch.__version__.split("+")[0], np.__version__, torch.get_num_threads()]
-    packages = _followed(fn.__module__)
-    return digest(
-        closure_hash(fn),
-        {name: content(value, packages) for name, value in arguments.items()},
-        versions,
-    )
+    """Key of `fn` called with `arguments` (name → value).
+
+    For a table: code, contents, versions of torch and NumPy, number of threads. For a function with
+    a parameter `out`: its name and `version`, and the contents, without the code of their classes,
+    of the arguments that differ from their defaults, so that a new parameter with a default changes
+    no key. The last bits of a training run also depend on torch's version and the number of
+    threads, which are part of the key, too, unless the function says `threads_matter = False`. So
+    say those that write a store of activations: a store is taken as it is, wherever it was
+    computed. Its fingerprint is of its bytes, so what is computed from it has a key of its own.
+
+    Raises TypeError for a function with `out` that has no `version`.
+    """
+    torch_here = [torch.__version__.split("+")[0], torch.get_num_threads()]
+    packages = followed(fn.__module__)
+    if not keeps_itself(fn):
+        contents = {name: content(value, packages) for name, value in arguments.items()}
+        return digest(closure_hash(fn), contents, [*torch_here, np.__version__])
+    if not hasattr(fn, "version"):
+        raise TypeError(
+            f"{fn.__name__} keeps its result in a folder `out` and has no version to find it by: "
+            f"write `{fn.__name__}.version = 1` below it, and raise the number with every change "
+            "of what it computes"
+        )
+    contents = {name: content(value, packages, code=False) for name, value in arguments.items()}
+    for name, parameter in inspect.signature(fn).parameters.items():
+        given, default = contents.get(name), parameter.default
+        if default is not parameter.empty and given == content(default, packages, code=False):
+            contents.pop(name, None)
+    machine = torch_here if getattr(fn, "threads_matter", True) else []
+    return digest(fn.__name__, fn.version, contents, machine)
 
 
 class Slot(NamedTuple):
@@ -464,6 +253,15 @@ class Slot(NamedTuple):
         _write_result(value, self.folder)
         return self.read()
 
+    def locked(self) -> AbstractContextManager[None]:
+        """For the time of a block, no other process that asks for it, too, has this slot.
+
+        The lock is beside the results and not in the slot's folder, where a function with `out` may
+        have one of its own.
+        """
+        folder = cache_root() / "locks" / self.folder.name
+        return locked(folder, waiting=f"another process computes {self.folder.name}: waiting")
+
 
 def slot(fn: Callable, *args: Any, **kwargs: Any) -> Slot:
     """The place of `fn(*args, **kwargs)`, for what computes several results at once, or in other
@@ -473,21 +271,22 @@ def slot(fn: Callable, *args: Any, **kwargs: Any) -> Slot:
     :func:`remember`.
     """
     closure_hash(fn)  # first, for its error: a lambda's signature would be fine
-    signature = inspect.signature(fn)
-    keeps_itself = "out" in signature.parameters
-    if keeps_itself and "out" in kwargs:
+    if keeps_itself(fn) and "out" in kwargs:
         raise TypeError(
-            f"remember chooses the folder `out` of {fn.__name__}: leave it away, or call {fn.__name__} itself"
+            f"remember chooses the folder `out` of {fn.__name__}: leave it away, or call "
+            f"{fn.__name__} itself"
         )
-    bound = signature.bind(*args, **kwargs, **({"out": None} if keeps_itself else {}))
+    empty = {"out": None} if keeps_itself(fn) else {}
+    bound = inspect.signature(fn).bind(*args, **kwargs, **empty)
     bound.apply_defaults()
     arguments = {name: value for name, value in bound.arguments.items() if name != "out"}
     folder = cache_root() / "results" / f"{fn.__name__}-{result_key(fn, arguments)}"
-    return Slot(folder, _followed(fn.__module__))
+    return Slot(folder, followed(fn.__module__))
 
 
 def remember(fn: Callable, *args: Any, **kwargs: Any) -> Any:
-    """`fn(*args, **kwargs)`, computed only if this code has not been run on these arguments yet.
+    """`fn(*args, **kwargs)`, computed only if that has not been done yet; see
+    :func:`result_key`.
 
     A function with a parameter `out` is given a folder of its own there and is always called: such
     functions (`harvest`, `train`) go on where they stopped and return at once when finished. Any
@@ -495,16 +294,18 @@ def remember(fn: Callable, *args: Any, **kwargs: Any) -> Any:
     NamedTuples or dicts; that is written under `cache_root()/results` and read back, so a fresh and
     a reused result are equal.
 
-    Raises TypeError for a function that is not at the top level of a module, an argument whose
-    content cannot be told, or a result that cannot be kept.
+    Raises TypeError for a function that is not at the top level of a module, one with `out` and
+    without `version`, an argument whose content cannot be told, or a result that cannot be kept.
     """
     place = slot(fn, *args, **kwargs)
-    if "out" in inspect.signature(fn).parameters:
+    if keeps_itself(fn):
         log.info("%s in %s", fn.__name__, place.folder.name)
-        return fn(*args, **kwargs, out=place.folder)
-    if place.filled:
-        log.info("reused %s", place.folder.name)
-        return place.read()
-    result = place.write(fn(*args, **kwargs))
-    log.info("computed %s", place.folder.name)
-    return result
+        with place.locked():
+            return fn(*args, **kwargs, out=place.folder)
+    if not place.filled:
+        with place.locked():
+            if not place.filled:  # by a process that had the lock
+                log.info("computing %s", place.folder.name)
+                return place.write(fn(*args, **kwargs))
+    log.info("reused %s", place.folder.name)
+    return place.read()

@@ -116,9 +116,9 @@ class Worker:
         lm = load_lm(self.lm, dtype=self.dtype)
         if lm.fingerprint != self.fingerprint:
             raise ValueError(
-                f"{self.lm} holds a model with fingerprint {lm.fingerprint}, and the runs were submitted with "
-                f"{self.fingerprint}: the folder was changed, or is another one on this machine. Load the model "
-                "anew and call the sweep again"
+                f"{self.lm} holds a model with fingerprint {lm.fingerprint}, and the runs were "
+                f"submitted with {self.fingerprint}: the folder was changed, or is another one on "
+                "this machine. Load the model anew and call the sweep again"
             )
         tokens = Tokens(**load_file(self.tokens))
         _check_keys(task, lm, tokens)
@@ -152,9 +152,10 @@ def _check_keys(task: Sequence[Job], lm: LM, tokens: Tokens) -> None:
             )
             if here != (job.folder.name, job.report.folder.name):
                 raise RuntimeError(
-                    f"this run would be {here[1]} here, and was submitted as {job.report.folder.name}: the "
-                    "package's code, torch or NumPy, the activations or the tokens changed since. Nothing was "
-                    "computed; call the sweep again"
+                    f"this run would be {here[1]} here, and was submitted as "
+                    f"{job.report.folder.name}: the package's code, torch or NumPy, the "
+                    "activations or the tokens changed since. Nothing was computed; call the "
+                    "sweep again"
                 )
 
 
@@ -177,13 +178,13 @@ def on_cluster(
         return
     if lm.folder is None:
         raise ValueError(
-            f"the model {lm.name!r} was made in memory, and jobs read theirs from a folder: write it with "
-            "lm.model.save_pretrained(folder), and take jumprelu.load_lm(folder)"
+            f"the model {lm.name!r} was made in memory, and jobs read theirs from a folder: write "
+            "it with lm.model.save_pretrained(folder), and take jumprelu.load_lm(folder)"
         )
     if executor.folder.is_dir() and executor.folder.stat().st_mode & stat.S_IWOTH:
         raise ValueError(
-            f"anyone can write to {executor.folder}, and so have a job run code as you: give the executor a folder "
-            "of your own, or take the right away (chmod o-w)"
+            f"anyone can write to {executor.folder}, and so have a job run code as you: give the "
+            "executor a folder of your own, or take the right away (chmod o-w)"
         )
     held = {"ids": tokens.ids, "document": tokens.document}
     path = (cache_root() / "cluster" / f"tokens-{tensor_digest(held)}.safetensors").absolute()
@@ -209,13 +210,14 @@ def on_cluster(
             if missing:  # and not what an earlier submission has finished meanwhile
                 cause = cause or error
                 failed.append(
-                    f"job {job.job_id}, {missing} of {len(task)} runs: {_reason(error, task)}; see {_log_of(job)}"
+                    f"job {job.job_id}, {missing} of {len(task)} runs: {_reason(error, task)}; "
+                    f"see {_log_of(job)}"
                 )
         time.sleep(POLL if waiting else 0)
     if failed:
         raise RuntimeError(
-            f"{len(failed)} of {len(tasks)} jobs failed. What is finished is kept: mend the cause and call again\n"
-            + "\n".join(failed)
+            f"{len(failed)} of {len(tasks)} jobs failed. What is finished is kept: mend the cause "
+            "and call again\n" + "\n".join(failed)
         ) from cause
 
 
@@ -245,8 +247,8 @@ def _reason(error: Exception | None, task: Sequence[Job]) -> str:
     one."""
     if error is None:
         return (
-            f"it ended well, but its results do not show in {task[0].report.folder.parent}: is that on a file system that "
-            "the jobs share?"
+            f"it ended well, but its results do not show in {task[0].report.folder.parent}: is "
+            "that on a file system that the jobs share?"
         )
     lines = [line for line in str(error).splitlines() if line.strip("- ")]
     ends = [

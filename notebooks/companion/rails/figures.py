@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from jumprelu.files import digest, read_json, write_json, write_text, writing
 
-from .cache import closure_hash
+from .closure import closure_hash
 
 ROOT = Path(__file__).resolve().parents[3]
 """The checkout."""

@@ -98,7 +98,8 @@ def seed_ratios(
     )
     if not mine or not theirs:
         raise ValueError(
-            f"no runs of {one if not mine else other!r}: the table has {', '.join(table.architecture.unique())}"
+            f"no runs of {one if not mine else other!r}: the table has "
+            f"{', '.join(table.architecture.unique())}"
         )
     both = [seed for seed in mine if seed in theirs]
     return pd.Series(
@@ -172,7 +173,8 @@ def tuned(table: pd.DataFrame, by: str, reference: float, metric: str = "fvu") -
         frontiers = dict(list(runs.groupby(by)))
         if reference not in frontiers:
             raise ValueError(
-                f"{name} was not run at {by} = {reference}, only at {', '.join(map(str, frontiers))}"
+                f"{name} was not run at {by} = {reference}, only at "
+                f"{', '.join(map(str, frontiers))}"
             )
         rows += [
             (name, value, seed, matched_ratio(one, frontiers[reference], metric))

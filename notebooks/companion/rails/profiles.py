@@ -75,8 +75,9 @@ class Notebook:
                 plain = annotated = False
             if not (annotated or plain):
                 raise ValueError(
-                    f"{self.source.name}: the cell tagged `parameters` has the line `{ast.unparse(statement)}`. "
-                    "Expected only `name: type = value  # help` with a literal value"
+                    f"{self.source.name}: the cell tagged `parameters` has the line "
+                    f"`{ast.unparse(statement)}`. Expected only `name: type = value  # help` with "
+                    "a literal value"
                 )
             target = statement.target if annotated else statement.targets[0]
             found[target.id] = Parameter(
@@ -127,7 +128,8 @@ def load_profile(root: Path, name: str) -> dict[str, dict[str, Given]]:
         for key, value in node.value:
             if key.value in seen:
                 raise ValueError(
-                    f"{path}, line {key.start_mark.line + 1}: {key.value} is there twice; keep one of them"
+                    f"{path}, line {key.start_mark.line + 1}: {key.value} is there twice; keep "
+                    "one of them"
                 )
             seen.add(key.value)
             yield key.value, value, key.start_mark.line + 1
@@ -225,8 +227,8 @@ def check_profile(root: Path, name: str) -> dict[str, dict[str, Any]]:
             default = known[parameter].default
             if value != default and name == DEFAULT_PROFILE:
                 raise ValueError(
-                    f"{where} has {parameter} = {default!r}, the profile {value!r}: make them equal, "
-                    "because the notebooks' own parameters are the default profile"
+                    f"{where} has {parameter} = {default!r}, the profile {value!r}: make them "
+                    "equal, because the notebooks' own parameters are the default profile"
                 )
             if value != default:
                 changed[notebook.number][parameter] = value

@@ -43,7 +43,7 @@ from rich.table import Table
 
 from jumprelu.files import SUBJECT, cache_root, digest, read_json, sha256, write_json, write_text
 
-from .cache import source_closure
+from .closure import source_closure
 from .claims import write_ledger
 from .figures import ROOT
 from .profiles import DEFAULT_PROFILE, Notebook, check_profile, find_notebooks
@@ -253,8 +253,8 @@ def _explain(error: Exception, node: nbformat.NotebookNode, monitor: _Monitor, k
     if isinstance(error, DeadKernelError):
         source, megabytes = _indented(node.cells[monitor.cell].source), monitor.peak / 2**20
         return (
-            f"because the kernel died in this cell, as it does when memory runs out (it used {megabytes:.0f} MB):\n\n"
-            f"{source}\n\nPROFILE=smoke needs less"
+            "because the kernel died in this cell, as it does when memory runs out (it used "
+            f"{megabytes:.0f} MB):\n\n{source}\n\nPROFILE=smoke needs less"
         )
     return ""
 
@@ -294,7 +294,8 @@ def _execute(
                     monitor.cell < 0 and attempt == 1
                 ):  # ports are chosen before they are bound, and may be lost in between
                     console.print(
-                        f"{notebook.name}: the kernel did not start ({type(error).__name__}), trying once more"
+                        f"{notebook.name}: the kernel did not start ({type(error).__name__}), "
+                        "trying once more"
                     )
                     continue
                 message = _explain(error, node, monitor, kept)
@@ -400,8 +401,8 @@ def _put_into_place(staging: Path, figures: Path, notebook: Notebook) -> list[st
     foreign = sorted(set(made) - set(results_of(staging, notebook)))
     if foreign:
         raise Failed(
-            f"because it wrote {foreign[0]}: what it writes must be named {notebook.number}_…, after its number "
-            f"(or be its claims_{notebook.number}.csv)"
+            f"because it wrote {foreign[0]}: what it writes must be named {notebook.number}_…, "
+            f"after its number (or be its claims_{notebook.number}.csv)"
         )
     figures.mkdir(exist_ok=True, parents=True)
     for old in set(results_of(figures, notebook)) - set(made):
@@ -504,7 +505,8 @@ def publish(
     console = console or Console()
     if profile == DEFAULT_PROFILE:
         raise ValueError(
-            f"the results of {profile} are in figures/ as they are: choose another profile with --profile"
+            f"the results of {profile} are in figures/ as they are: choose another profile with "
+            "--profile"
         )
     changed = check_profile(root, profile)
     source, target = cache_root() / "profiles" / profile / "figures", root / "figures" / profile
@@ -535,7 +537,8 @@ def publish(
             if manifest.get(name) != now[name]
         ]
         note = (
-            f"; its {', '.join(older)} changed since it ran: `make reproduce PROFILE={profile}` runs it again"
+            f"; its {', '.join(older)} changed since it ran: `make reproduce PROFILE={profile}` "
+            "runs it again"
             if older
             else ""
         )

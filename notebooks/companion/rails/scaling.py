@@ -109,13 +109,14 @@ def fit_power_law(x: ArrayLike, y: ArrayLike, offset: bool = False, starts: int 
     for name, values in (("x", x), ("y", y)):
         if not (np.isfinite(values) & (values > 0)).all():
             raise ValueError(
-                f"{name} must be positive and finite, because it is fitted in logarithms: got {values.tolist()}"
+                f"{name} must be positive and finite, because it is fitted in logarithms: got "
+                f"{values.tolist()}"
             )
     needed = 3 if offset else 2
     if len(np.unique(x)) < needed:
         raise ValueError(
-            f"a power law {'with' if offset else 'without'} offset has {needed} parameters and needs as many "
-            f"distinct x, got {np.unique(x).tolist()}"
+            f"a power law {'with' if offset else 'without'} offset has {needed} parameters and "
+            f"needs as many distinct x, got {np.unique(x).tolist()}"
         )
     if starts < 1:
         raise ValueError(f"starts must be at least 1, got {starts}")
@@ -150,8 +151,9 @@ def fits(
         counts = runs.groupby(["seed", x]).size().unstack(fill_value=0)
         if not (counts == 1).all(axis=None):
             raise ValueError(
-                f"{name}: every seed needs one row at each {x}, got these numbers of rows:\n{counts.to_string()}\n"
-                "name in `by` whatever else tells the rows apart, and leave out what some seeds lack"
+                f"{name}: every seed needs one row at each {x}, got these numbers of "
+                f"rows:\n{counts.to_string()}\nname in `by` whatever else tells the rows apart, "
+                "and leave out what some seeds lack"
             )
         exponents, misses = [], []
         for seed, curve in runs.groupby("seed"):

@@ -219,8 +219,8 @@ def _in_processes(
             progress.update(done.result())
     except BrokenProcessPool as error:
         raise RuntimeError(
-            "a worker process died: memory ran out, or it was killed. Finished runs are kept; call again, with "
-            f"fewer workers than {workers} if memory is short"
+            "a worker process died: memory ran out, or it was killed. Finished runs are kept; "
+            f"call again, with fewer workers than {workers} if memory is short"
         ) from error
     finally:
         for name, value in before.items():

@@ -131,6 +131,9 @@ def build(
     }
 
 
+build.version = 1  # of its key, see rails/cache.py
+
+
 def _check_apart(paths: Sequence[str]) -> None:
     if twice := sorted({path for path in paths if paths.count(path) > 1}):
         raise ValueError(f"two SAEs would be {twice[0]}: choose sparsities further apart")
