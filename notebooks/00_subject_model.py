@@ -30,7 +30,7 @@ import pandas as pd
 import torch
 from companion.rails.cache import remember
 from companion.rails.figures import save_figure, show_facts
-from companion.subject import language, plots
+from companion.subject import behaviour, compression, configuration, plots, sites, texts
 
 import jumprelu as jr
 
@@ -65,12 +65,12 @@ lm
 # before and after each block's two halves, GeGLU, and one matrix for embedding and unembedding.
 
 # %%
-language.config_table(lm)
+configuration.config_table(lm)
 
 # %%
-parameters = language.parameter_table(lm)
+parameters = configuration.parameter_table(lm)
 print(
-    f"{parameters.parameters.sum():,} parameters, {language.weights_megabytes(lm):.1f} MB of weights"
+    f"{parameters.parameters.sum():,} parameters, {configuration.weights_megabytes(lm):.1f} MB of weights"
 )
 parameters.round(3)
 
@@ -81,7 +81,7 @@ parameters.round(3)
 # heads, norms and tying are read from the weights.
 
 # %%
-checks = language.configuration_checks(lm, context_size)
+checks = configuration.configuration_checks(lm, context_size)
 checks
 
 # %% [markdown]
@@ -93,9 +93,9 @@ checks
 # machine is the text of the published numbers.
 
 # %% tags=["nbval-ignore-output"]
-corpus = language.corpus_table(dataset)
-print(language.fingerprint_note(dataset))
-language.corpus_summary(corpus)
+corpus = texts.corpus_table(dataset)
+print(texts.fingerprint_note(dataset))
+texts.corpus_summary(corpus)
 
 # %% [markdown]
 # ## Training
@@ -105,7 +105,7 @@ language.corpus_summary(corpus)
 # the end.
 
 # %%
-log = language.training_log(lm)
+log = configuration.training_log(lm)
 save_figure("00", plots.lm_training, log)
 
 # %% [markdown]
@@ -123,9 +123,9 @@ save_figure("00", plots.lm_training, log)
 # on more text than the n-grams or the primed xz are given here.
 
 # %%
-test, train = language.splits(lm, dataset, context_size, test_rows, train_rows, seed=seed)
+test, train = texts.splits(lm, dataset, context_size, test_rows, train_rows, seed=seed)
 bits = remember(
-    language.bits_per_byte, lm, test, train, order=order, prime_bytes=prime_bytes, groups=groups
+    compression.bits_per_byte, lm, test, train, order=order, prime_bytes=prime_bytes, groups=groups
 )
 save_figure("00", plots.bits_per_byte, bits)
 
@@ -146,7 +146,7 @@ others[["method", "bits_per_byte", "difference", "difference_low"]].round(2)
 # Sampled at temperature 0.7. They need not be right; they should look like the corpus.
 
 # %% tags=["nbval-ignore-output"]
-for text in language.samples(lm, new_tokens=sample_tokens, seed=seed):
+for text in behaviour.samples(lm, new_tokens=sample_tokens, seed=seed):
     print(text, end="\n" + "-" * 80 + "\n")
 
 # %% [markdown]
@@ -159,9 +159,9 @@ for text in language.samples(lm, new_tokens=sample_tokens, seed=seed):
 # text; the second tells whether attention carries content over a distance.
 
 # %%
-losses = remember(language.repeated_losses, lm, induction_rows, induction_length, seed)
-first, second, fall = language.induction_fall(losses)
-curve = language.induction(losses)
+losses = remember(behaviour.repeated_losses, lm, induction_rows, induction_length, seed)
+first, second, fall = behaviour.induction_fall(losses)
+curve = behaviour.induction(losses)
 save_figure("00", plots.induction, curve)
 
 # %% [markdown]
@@ -174,7 +174,7 @@ save_figure("00", plots.induction, curve)
 # weights, plus `mlp_out`, and nothing but rounding is left over.
 
 # %%
-identity = language.residual_identity(lm, test.ids[:4])
+identity = sites.residual_identity(lm, test.ids[:4])
 adds_up = bool((identity.error < 3 * identity.rounding).all())
 print(
     f"left over of the change, largest of {len(identity)} blocks: {identity.error.max():.0e}; only rounding: {adds_up}"
@@ -188,7 +188,7 @@ print(
 # arXiv 2309.17453), which is why they are never trained on.
 
 # %%
-scale = remember(language.site_statistics, lm, test[:site_rows])
+scale = remember(sites.site_statistics, lm, test[:site_rows])
 save_figure("00", plots.sites, scale)
 
 # %% [markdown]

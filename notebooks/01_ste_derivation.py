@@ -32,7 +32,8 @@ import torch
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import save_figure, show_facts
-from companion.ste import bandwidth, plots, theorem
+from companion.ste import bandwidth, on_activations, plots, theorem
+from companion.ste.lemma import lemma_numeric, lemma_symbolic
 from companion.ste.toy import ACTIVATIONS, Mixture, best_activation, compare_activations
 
 import jumprelu as jr
@@ -144,11 +145,11 @@ toy_facts
 # form. In two of them $A$ is not a function of $Y$: only its conditional mean may matter.
 
 # %%
-lemma_by_algebra = remember(theorem.lemma_symbolic)
+lemma_by_algebra = remember(lemma_symbolic)
 lemma_by_algebra[["family", "difference", "holds"]]
 
 # %%
-lemma = remember(theorem.lemma_numeric, np.linspace(0.1, 2.1, 17), 0.02, lemma_samples)
+lemma = remember(lemma_numeric, np.linspace(0.1, 2.1, 17), 0.02, lemma_samples)
 save_figure("01", plots.lemma, lemma)
 
 # %%
@@ -351,11 +352,11 @@ sae, log = remember(jr.train, acts, config)
 
 widths = [0.0125, 0.025, 0.05, 0.1, 0.2, 0.4]
 measured = remember(
-    bandwidth.gradients_on, acts, sae, sparsity, widths, latents, batch_size, batches
+    on_activations.gradients_on, acts, sae, sparsity, widths, latents, batch_size, batches
 )
 
 # %%
-per_latent = bandwidth.agreement(measured)
+per_latent = on_activations.agreement(measured)
 shown_widths = per_latent[per_latent.bandwidth.isin([0.025, 0.1, 0.4])]
 sides = []
 for side in ("ste", "difference"):
@@ -365,7 +366,7 @@ points = sides[0].merge(sides[1], on=["bandwidth", "latent"])
 save_figure("01", plots.real_agreement, points)
 
 # %%
-errors = bandwidth.measured_errors(measured, reference=0.025).assign(batch_size=batch_size)
+errors = on_activations.measured_errors(measured, reference=0.025).assign(batch_size=batch_size)
 save_figure("01", plots.real_bandwidth, errors)
 
 # %%

@@ -31,7 +31,7 @@ from companion.rails import study
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import save_figure, show_facts
-from companion.training import frequency
+from companion.training import describe, frequency
 from companion.training.plots import frequency as plots
 
 import jumprelu as jr
@@ -253,7 +253,7 @@ save_figure("04", plots.dead_latents, dead)
 chosen = near.index[near.architecture == "JumpReLU"]
 some = torch.randperm(d_sae, generator=torch.Generator().manual_seed(0))[:described].sort().values
 latents = [
-    remember(frequency.describe_latents, main.runs[number].sae(), lm, test_tokens, latents=some)
+    remember(describe.describe_latents, main.runs[number].sae(), lm, test_tokens, latents=some)
     for number in chosen
 ]
 bands = frequency.frequency_bands(latents)

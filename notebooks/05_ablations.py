@@ -29,7 +29,7 @@ from companion.rails import frontier, study
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import save_figure, show_facts
-from companion.ste import bandwidth
+from companion.ste import on_activations
 from companion.training.plots import ablations as plots
 
 import jumprelu as jr
@@ -338,7 +338,7 @@ save_figure("05", plots.annealing, compared)
 looks = {share: dataclasses.replace(middle, stop_after=share) for share in along}
 halted = trained({f"{share:g}": [look] for share, look in looks.items()}, 1)
 measured = remember(
-    bandwidth.gradients_along,
+    on_activations.gradients_along,
     acts,
     dict(zip(looks, (run.sae() for run in halted.runs), strict=True)),
     {share: sparsity_at(look, look.length) for share, look in looks.items()},
@@ -349,7 +349,8 @@ measured = remember(
 )
 averaged = along_steps * batch_size / along_batch_size
 errors, least = (
-    f(measured, along_bandwidths[0], averaged) for f in (bandwidth.along_run, bandwidth.best_along)
+    f(measured, along_bandwidths[0], averaged)
+    for f in (on_activations.along_run, on_activations.best_along)
 )
 fall = dataclasses.replace(middle, **methods["ε falls"])
 falling = {share: bandwidth_at(fall, look.length) for share, look in looks.items()}

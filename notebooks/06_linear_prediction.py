@@ -29,6 +29,7 @@ import torch
 from companion.dark import darkstudy
 from companion.dark.plots import linear as plots
 from companion.rails import study
+from companion.rails.by_seed import statistic_at
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import save_figure, show_facts
@@ -351,7 +352,7 @@ main_runs = darkstudy.run_table(main.table, main_tests)
 
 def matched(name: str, quantity: str):
     """A statistic of one architecture at L0 = ladder_k, over documents and seeds."""
-    of_seeds = darkstudy.at(main.table, main_tests, name, darkstudy.STATISTICS[quantity], ladder_k)
+    of_seeds = statistic_at(main.table, main_tests, name, darkstudy.STATISTICS[quantity], ladder_k)
     return over_seeds(of_seeds, documents, draws)
 
 
@@ -364,7 +365,7 @@ def norm_gap(name: str):
     """R² of the norm of the nonlinear error minus the least of the other norms', at L0 =
     ladder_k."""
     of = {
-        vector: darkstudy.at(main.table, main_tests, name, statistic, ladder_k)
+        vector: statistic_at(main.table, main_tests, name, statistic, ladder_k)
         for vector, statistic in darkstudy.NORM_STATISTICS.items()
     }
     nonlinear = of.pop("nonlinear")
@@ -378,7 +379,7 @@ def norm_gap(name: str):
 def apart(other: str, by: str, value: float):
     """Linear share of JumpReLU's error minus that of another's, where `by` has one value."""
     mine, theirs = (
-        darkstudy.at(main_runs, main_tests, name, darkmatter.HeldOut.vector_r2, value, by)
+        statistic_at(main_runs, main_tests, name, darkmatter.HeldOut.vector_r2, value, by)
         for name in ("JumpReLU", other)
     )
     gaps = [

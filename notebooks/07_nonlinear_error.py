@@ -30,6 +30,7 @@ import torch
 from companion.dark import darkparts, darkstudy, synthetic
 from companion.dark.plots import nonlinear as plots
 from companion.rails import study
+from companion.rails.by_seed import settings
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import save_figure, show_facts
@@ -196,7 +197,7 @@ for what, runs in along.items():
     )
     found = list(found.values())
     real.append(darkstudy.run_table(runs.table, [one.test for one in found]))
-    for (name, _), places in darkstudy.settings(runs.table).items():
+    for (name, _), places in settings(runs.table).items():
         saes, linears = [several[n] for n in places], [found[n].linear for n in places]
         one = remember(
             darkparts.harm_table, lm, splice_tokens, saes, linears, site, layer, splice_start, draws

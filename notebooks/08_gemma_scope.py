@@ -29,7 +29,7 @@ from companion.rails import study
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import save_figure, show_facts
-from companion.scope import plots, rises, scopestudy
+from companion.scope import cost, plots, release, rises, scopestudy
 from companion.training import frequency
 
 import jumprelu as jr
@@ -85,7 +85,7 @@ threads: int = 2
 # million latents, each at several L0; a path says layer, width and L0, such as
 # `layer_20/width_16k/average_l0_68/params.npz`.
 #
-# **What is computed.** With `releases` empty, `scopestudy.build` trains SAEs at all layers and
+# **What is computed.** With `releases` empty, `release.build` trains SAEs at all layers and
 # sites of the embedded model, with a ladder of widths and several seeds at the middle layer, and
 # writes them in that layout; a path has no place for a seed, so each seed is a release of its own.
 # Everything below reads files, and does not know which release it reads.
@@ -98,7 +98,7 @@ test_tokens = jr.tokenize(
 )
 base = jr.TrainConfig(d_sae=widths[0], steps=steps, batch_size=batch_size, lr=lr)
 releases = releases or remember(
-    scopestudy.build,
+    release.build,
     lm,
     jr.tokenize(
         jr.load_texts(dataset, "train"), lm.tokenizer, context_size, train_rows, rows_per_document
@@ -331,7 +331,7 @@ save_figure("08", plots.scope_transcoders, beside)
 # **What the paper reports.** SAEs of 131 thousand latents on Gemma 2 9B: a batch of 4,096 in 45 ms
 # on 8 TPU v5p chips, 8 billion tokens, activations on disk.
 #
-# **What is computed.** Arithmetic, and no more: *nothing here has run on a GPU*. `scopestudy.plan`
+# **What is computed.** Arithmetic, and no more: *nothing here has run on a GPU*. `cost.plan`
 # takes assumed rates of a GPU of the H200's kind (its docstring has the formulas) and adds up what
 # one step must do: encode every token in bf16, move every weight once through memory, read the rows
 # of W_dec that are active or near their threshold, and add up x̂ where latents are spread over
@@ -344,7 +344,7 @@ save_figure("08", plots.scope_transcoders, beside)
 # ratio to a sum on paper says nothing about either.
 
 # %%
-plan = scopestudy.plan()
+plan = cost.plan()
 with pd.option_context("display.max_rows", None, "display.max_colwidth", None):
     print(plan.round(3).to_string(index=False, na_rep=""))
 

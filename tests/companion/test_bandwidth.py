@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from companion.ste import bandwidth, theorem
+from companion.ste import bandwidth, on_activations, theorem
 
 from jumprelu.sae import SAE, Origin
 
@@ -68,7 +68,7 @@ def test_best_bandwidth_follows_the_rate_of_its_bias(order):
 
 def test_measured_gradients_are_those_of_training_and_of_the_loss():
     x = samples(3000)
-    found = bandwidth.measure_gradients(CODER, [x], LAMBDA, [0.1, 0.4], torch.tensor([1, 4]))
+    found = on_activations.measure_gradients(CODER, [x], LAMBDA, [0.1, 0.4], torch.tensor([1, 4]))
     for width, rows in found.groupby("bandwidth"):
         ste = theorem.ste_gradients(CODER, x, LAMBDA, width).mean(0)[[1, 4]]
         difference = theorem.finite_differences(CODER, x, LAMBDA, width / 2).mean(0)[[1, 4]]
@@ -92,14 +92,14 @@ def test_gradients_on_takes_raw_units():
             origin=Origin(input_scale=scale),
         )
         tables.append(
-            bandwidth.gradients_on(
+            on_activations.gradients_on(
                 x * scale, sae, LAMBDA, [0.2], latents=3, batch_size=1000, batches=3
             )
         )
     assert tables[0].batch.nunique() == 3 and tables[0].latent.nunique() == 3
     assert np.allclose(tables[0].ste, tables[1].ste, rtol=0.02)
     with pytest.raises(ValueError, match="need 5000 activations, got 4000"):
-        bandwidth.gradients_on(x, sae, LAMBDA, [0.2], latents=3, batch_size=1000, batches=4)
+        on_activations.gradients_on(x, sae, LAMBDA, [0.2], latents=3, batch_size=1000, batches=4)
 
 
 def test_errors_and_agreement_of_known_measurements():
@@ -113,17 +113,17 @@ def test_errors_and_agreement_of_known_measurements():
     measured = pd.DataFrame(
         rows, columns=["batch", "bandwidth", "latent", "ste", "difference", "share"]
     )
-    errors = bandwidth.measured_errors(measured, 0.1).set_index(["quantity", "bandwidth"])
+    errors = on_activations.measured_errors(measured, 0.1).set_index(["quantity", "bandwidth"])
     assert abs(errors.loc[("bias", 0.1), "mean"]) < 0.002
     for quantity in ("bias", "gap"):
         assert errors.loc[(quantity, 0.4), "low"] < 0.25 < errors.loc[(quantity, 0.4), "high"]
     assert errors.loc[("noise", 0.1), "low"] < 0.01 < errors.loc[("noise", 0.1), "high"]
-    gap = bandwidth.agreement(measured).query("quantity == 'gap'")
+    gap = on_activations.agreement(measured).query("quantity == 'gap'")
     assert ((gap.low < 0) & (gap.high > 0))[gap.bandwidth == 0.1].mean() >= 0.9
     assert (gap.low > 0)[gap.bandwidth == 0.4].all()
     with pytest.raises(ValueError, match="no measurement at bandwidth 0.2"):
-        bandwidth.measured_errors(measured, 0.2)
-    absolute = bandwidth.measured_errors(measured, 0.1, relative=False).set_index(
+        on_activations.measured_errors(measured, 0.2)
+    absolute = on_activations.measured_errors(measured, 0.1, relative=False).set_index(
         ["quantity", "bandwidth"]
     )
     assert (
@@ -131,13 +131,13 @@ def test_errors_and_agreement_of_known_measurements():
     )  # of each latent, on average
     assert absolute.loc[("noise", 0.4), "low"] < 0.01 < absolute.loc[("noise", 0.4), "high"]
     tripled = measured.assign(ste=3 * measured.ste, difference=3 * measured.difference)
-    again = bandwidth.measured_errors(tripled, 0.1).set_index(["quantity", "bandwidth"])
+    again = on_activations.measured_errors(tripled, 0.1).set_index(["quantity", "bandwidth"])
     assert np.allclose(again, errors)  # a ratio; and in absolute units nine times as much
     assert np.allclose(
-        bandwidth.measured_errors(tripled, 0.1, relative=False)["mean"], 9 * absolute["mean"]
+        on_activations.measured_errors(tripled, 0.1, relative=False)["mean"], 9 * absolute["mean"]
     )
     with pytest.raises(ValueError, match="no pre-activation was in the window"):
-        bandwidth.measured_errors(measured.assign(difference=0.0), 0.1)
+        on_activations.measured_errors(measured.assign(difference=0.0), 0.1)
 
 
 # ---- along a training run
@@ -153,13 +153,13 @@ def test_along_a_run_against_closed_forms():
     }
     saes = {share: SAE(*coder, origin=Origin(input_scale=1.0)) for share, coder in coders.items()}
     widths, size = [0.05, 0.4, 0.8], 500
-    measured = bandwidth.gradients_along(
+    measured = on_activations.gradients_along(
         samples(25_000), saes, sparsities, widths, latents=6, batch_size=size, batches=48
     )
     assert measured.groupby(["run_share", "bandwidth"]).size().eq(48 * 6).all() and list(
         measured.run_share.unique()
     ) == [0.25, 1]
-    found = bandwidth.along_run(measured, reference=0.05, averaged=4)
+    found = on_activations.along_run(measured, reference=0.05, averaged=4)
     fresh = samples(20_000, seed=9)
     for share, coder in coders.items():
         gradient = theorem.exact_gradient(coder, INPUTS, sparsities[share])
@@ -188,11 +188,11 @@ def test_along_a_run_against_closed_forms():
     with pytest.raises(
         ValueError, match=r"SAEs of shares \[0.25, 1.0\] of a run, but a sparsity for \[0.25\]"
     ):
-        bandwidth.gradients_along(
+        on_activations.gradients_along(
             samples(100), saes, {0.25: 0.0}, widths, latents=6, batch_size=10, batches=2
         )
     with pytest.raises(ValueError, match="averaged is a number of batches above 0, got 0"):
-        bandwidth.along_run(measured, reference=0.05, averaged=0)
+        on_activations.along_run(measured, reference=0.05, averaged=0)
 
 
 def snapshots(
@@ -228,7 +228,9 @@ def snapshots(
 def test_best_bandwidth_along_a_run_of_known_bias(averaged):
     """s²ε² + 0.01/(Nε) is least at ε³ = 0.01/(2s²N): as the bias grows the window must narrow."""
     slopes, widths = {0.2: 0.25, 0.6: 0.5, 1.0: 2.0}, np.geomspace(0.01, 2, 16)
-    best = bandwidth.best_along(snapshots(slopes, widths), widths[0], averaged).set_index("share")
+    best = on_activations.best_along(snapshots(slopes, widths), widths[0], averaged).set_index(
+        "share"
+    )
     expected = {
         share: (0.01 / (2 * slope**2 * averaged)) ** (1 / 3) for share, slope in slopes.items()
     }
@@ -250,7 +252,7 @@ def test_intervals_of_the_best_bandwidth_hold_it():
     comes, 5 of 20 above."""
     widths, expected = np.geomspace(0.02, 2, 12), (0.01 / (2 * 0.5**2)) ** (1 / 3)
     found = [
-        bandwidth.best_along(snapshots({1.0: 0.5}, widths, seed=seed), widths[0]).iloc[0]
+        on_activations.best_along(snapshots({1.0: 0.5}, widths, seed=seed), widths[0]).iloc[0]
         for seed in range(20)
     ]
     assert sum(row.best_low < expected < row.best_high for row in found) >= 15
@@ -259,7 +261,7 @@ def test_intervals_of_the_best_bandwidth_hold_it():
 
 def test_best_bandwidth_on_the_edge_of_the_grid_is_a_bound():
     widths = np.geomspace(0.1, 1, 6)
-    best = bandwidth.best_along(snapshots({0.1: 0.0, 0.9: 20.0}, widths), widths[0])
+    best = on_activations.best_along(snapshots({0.1: 0.0, 0.9: 20.0}, widths), widths[0])
     assert best.edge.all() and np.allclose(best.best, widths[[-1, 0]])
     assert best.best_low.isna().tolist() == [False, True] and best.best_high.isna().tolist() == [
         True,
@@ -269,6 +271,6 @@ def test_best_bandwidth_on_the_edge_of_the_grid_is_a_bound():
 
 def test_errors_relative_to_no_gradient_are_not_given():
     widths = np.array([0.1, 0.4])
-    found = bandwidth.along_run(snapshots({0.5: 0.5}, widths, signal=0.0), 0.1)
+    found = on_activations.along_run(snapshots({0.5: 0.5}, widths, signal=0.0), 0.1)
     assert found.relative_error.isna().all() and (found.gradient2_low <= 0).all()
     assert np.allclose(found.error, np.sqrt(0.25 * widths**2 + 0.01 / widths), rtol=0.05)

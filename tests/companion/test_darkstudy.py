@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 import torch
 from companion.dark import darkstudy
-from companion.subject.language import token_losses
+from companion.rails.by_seed import statistic_at
+from companion.rails.lm_loss import token_losses
 from models import random_ids, tiny_lm
 
 import jumprelu as jr
@@ -80,10 +81,10 @@ def test_points_are_runs_that_differ_in_their_seed_only(tests):
 def test_a_statistic_at_one_l0(tests):
     once = torch.ones(1, len(tests[0].tokens), dtype=torch.float64)
     fvu = [test.fvu(once).item() for test in tests]
-    found = [one(once).item() for one in darkstudy.at(RUNS, tests, "a", HeldOut.fvu, 20.0)]
+    found = [one(once).item() for one in statistic_at(RUNS, tests, "a", HeldOut.fvu, 20.0)]
     second = math.log(20 / 11) / math.log(4)
     assert found == pytest.approx([(fvu[0] + fvu[1]) / 2, fvu[2] * (1 - second) + fvu[3] * second])
-    at_end = darkstudy.at(RUNS, tests, "b", HeldOut.fvu, 20.0)
+    at_end = statistic_at(RUNS, tests, "b", HeldOut.fvu, 20.0)
     assert at_end[0](once).item() == pytest.approx(fvu[4]) and math.isnan(at_end[1](once).item())
     drawn = torch.rand(3, len(once[0]), generator=generator(5)).double()
     assert torch.allclose(at_end[0](drawn), tests[4].fvu(drawn))

@@ -7,18 +7,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from companion.training import frequency
-from companion.training.frequency import (
+from companion.training import describe
+from companion.training.describe import (
     DESCRIPTORS,
     LatentSums,
-    beside_reference,
     describe_latents,
-    excess_right,
     explained_share,
+    log_bins,
+)
+from companion.training.frequency import (
+    beside_reference,
+    excess_right,
     extreme_share,
     frequency_bands,
     frequency_histogram,
-    log_bins,
     nearest_runs,
     values_at,
 )
@@ -241,7 +243,7 @@ def test_description_errors(setting, monkeypatch):
         describe_latents(sae, lm, tokens, latents=torch.tensor([20]))
     with pytest.raises(ValueError, match="twice"):
         describe_latents(sae, lm, tokens, latents=torch.tensor([4, 4]))
-    monkeypatch.setattr(frequency, "MOST_SUMS", 100)
+    monkeypatch.setattr(describe, "MOST_SUMS", 100)
     with pytest.raises(ValueError, match=r"latents=\.\.\.\), at most 4"):
         describe_latents(sae, lm, tokens)
     assert len(describe_latents(sae, lm, tokens, latents=torch.arange(4))) == 4

@@ -13,9 +13,9 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from companion.subject import plots
-from companion.subject import language
-from companion.subject.language import row_bytes, token_bytes, token_losses
+from companion.rails.lm_loss import token_losses
+from companion.subject import behaviour, compression, configuration, plots, sites, texts
+from companion.subject.compression import row_bytes, token_bytes
 from models import FAMILIES, LAYERS, VOCAB, random_ids, tiny_lm, tiny_tokenizer
 
 from jumprelu.corpus import Tokens, tokenize
@@ -27,7 +27,7 @@ def lm_with_tokenizer(family: str = "gemma2", **overrides) -> LM:
     return dataclasses.replace(tiny_lm(family, **overrides), tokenizer=tiny_tokenizer())
 
 
-def texts(n: int, start: int = 0) -> list[dict[str, str]]:
+def documents(n: int, start: int = 0) -> list[dict[str, str]]:
     return [
         {"text": f"# {i}\n" + f"value = {i} + value * {i % 3}\n" * 12}
         for i in range(start, start + n)
@@ -41,7 +41,7 @@ def lm():
 
 @pytest.fixture(scope="module")
 def tokens(lm):
-    return tokenize(texts(8), lm.tokenizer, context_size=33, rows_per_document=4)
+    return tokenize(documents(8), lm.tokenizer, context_size=33, rows_per_document=4)
 
 
 # ---- bytes of tokens
@@ -92,21 +92,19 @@ def test_bytes_of_any_other_tokenizer_come_from_decoding():
 def test_rows_give_back_their_document(lm, tokens):
     rows = row_bytes(tokens, lm.tokenizer)
     data = b"".join(row for row, d in zip(rows, tokens.document.tolist(), strict=True) if d == 3)
-    assert len(data) == 4 * 32 and texts(8)[3]["text"].encode()[:32] == data[:32]
+    assert len(data) == 4 * 32 and documents(8)[3]["text"].encode()[:32] == data[:32]
 
 
 def test_splits_are_of_other_documents_and_the_test_rows_have_no_gap(lm, tmp_path):
     for i in range(300):
-        (tmp_path / f"{i}.txt").write_text(texts(1, start=i)[0]["text"])
-    test, train = language.splits(
-        lm, str(tmp_path), 17, test_rows=12, train_rows=100, characters=100
-    )
-    held = {row["text"].encode()[:96] for row in language.load_texts(str(tmp_path), "test")}
+        (tmp_path / f"{i}.txt").write_text(documents(1, start=i)[0]["text"])
+    test, train = texts.splits(lm, str(tmp_path), 17, test_rows=12, train_rows=100, characters=100)
+    held = {row["text"].encode()[:96] for row in texts.load_texts(str(tmp_path), "test")}
     rows = row_bytes(test, lm.tokenizer)
     assert {
         b"".join(rows[i : i + 6]) for i in (0, 6)
     } <= held  # six rows of 16 bytes fit into 100 characters
-    trained = {row["text"].encode() for row in language.load_texts(str(tmp_path), "train")}
+    trained = {row["text"].encode() for row in texts.load_texts(str(tmp_path), "train")}
     assert len(train) == 100 and all(
         any(row in text for text in trained) for row in row_bytes(train, lm.tokenizer)
     )
@@ -126,7 +124,7 @@ def test_a_model_that_knows_nothing_pays_log_vocabulary(tokens):
     lm = lm_with_tokenizer()
     with torch.no_grad():
         lm.model.get_input_embeddings().weight.zero_()  # tied: all logits are 0
-    table = language.bits_per_byte(lm, tokens, tokens, groups=4).set_index("method")
+    table = compression.bits_per_byte(lm, tokens, tokens, groups=4).set_index("method")
     assert table.bits_per_byte[lm.name] == pytest.approx(
         math.log2(VOCAB), rel=1e-6
     )  # a token is a byte here
@@ -136,8 +134,10 @@ def test_a_model_that_knows_nothing_pays_log_vocabulary(tokens):
 
 
 def test_every_method_is_charged_for_the_same_bytes(lm, tokens):
-    train = tokenize(texts(20, start=100), lm.tokenizer, context_size=33)
-    table = language.bits_per_byte(lm, tokens, train, groups=4, prime_bytes=500).set_index("method")
+    train = tokenize(documents(20, start=100), lm.tokenizer, context_size=33)
+    table = compression.bits_per_byte(lm, tokens, train, groups=4, prime_bytes=500).set_index(
+        "method"
+    )
     data = b"".join(row_bytes(tokens, lm.tokenizer))
     assert table.bits_per_byte["bz2 -9"] == pytest.approx(
         8 * len(bz2.compress(data, 9)) / len(data)
@@ -155,11 +155,11 @@ def test_every_method_is_charged_for_the_same_bytes(lm, tokens):
 
 def test_groups_hold_whole_documents():
     document = torch.tensor([4, 4, 9, 9, 9, 10, 11, 30, 30, 31])
-    group = language.document_groups(document, 3)
+    group = compression.document_groups(document, 3)
     assert group.tolist() == [0, 0, 0, 0, 0, 1, 1, 2, 2, 2]
-    assert language.document_groups(document, 99).max() == 5
+    assert compression.document_groups(document, 99).max() == 5
     with pytest.raises(ValueError, match="at least 3 documents, got 2"):
-        language.document_groups(torch.tensor([0, 0, 1]))
+        compression.document_groups(torch.tensor([0, 0, 1]))
 
 
 # ---- the model
@@ -167,7 +167,7 @@ def test_groups_hold_whole_documents():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checks_hold_for_a_model_as_configured(family):
-    checks = language.configuration_checks(tiny_lm(family), length=20)
+    checks = configuration.configuration_checks(tiny_lm(family), length=20)
     assert checks.holds.all(), checks
     reach = checks[checks.property.str.contains("reach")].found.tolist()
     assert reach == (
@@ -177,7 +177,7 @@ def test_checks_hold_for_a_model_as_configured(family):
 
 def test_checks_fail_for_a_model_that_does_otherwise():
     def failing(lm: LM) -> list[str]:
-        checks = language.configuration_checks(lm, length=20)
+        checks = configuration.configuration_checks(lm, length=20)
         return checks[~checks.holds].property.tolist()
 
     lm = tiny_lm()
@@ -202,7 +202,7 @@ def test_checks_fail_for_a_model_that_does_otherwise():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_counted_once_and_all_have_a_place(family):
     lm = tiny_lm(family)
-    table = language.parameter_table(lm)
+    table = configuration.parameter_table(lm)
     assert (
         table.parameters.sum() == lm.model.num_parameters()
         and table.share.sum() == pytest.approx(1)
@@ -213,12 +213,12 @@ def test_parameters_are_counted_once_and_all_have_a_place(family):
         "norms",
         "embedding",
     } <= set(table.component)
-    assert language.weights_megabytes(lm) == pytest.approx(4 * table.parameters.sum() / 1e6)
+    assert configuration.weights_megabytes(lm) == pytest.approx(4 * table.parameters.sum() / 1e6)
 
 
 def test_config_table_leaves_out_what_a_model_lacks():
     gemma, gpt2 = (
-        language.config_table(tiny_lm(family)).set_index("property").value
+        configuration.config_table(tiny_lm(family)).set_index("property").value
         for family in ("gemma2", "gpt2")
     )
     assert gemma["sliding_window"] == "4" and gemma["class"] == "Gemma2ForCausalLM"
@@ -227,13 +227,13 @@ def test_config_table_leaves_out_what_a_model_lacks():
 
 def test_training_log(tmp_path):
     lm = tiny_lm()
-    assert language.training_log(lm).empty
-    written = pd.DataFrame([[1, 10, 2.5, 1.0, 3.0]], columns=list(language.LOG_COLUMNS))
+    assert configuration.training_log(lm).empty
+    written = pd.DataFrame([[1, 10, 2.5, 1.0, 3.0]], columns=list(configuration.LOG_COLUMNS))
     written.to_csv(tmp_path / "training.csv", index=False)
     (tmp_path / "model.safetensors").write_bytes(b"x" * 2000)
     loaded = dataclasses.replace(lm, folder=tmp_path)
-    assert language.training_log(loaded).to_dict("list") == written.to_dict("list")
-    assert language.weights_megabytes(loaded) == 0.002
+    assert configuration.training_log(loaded).to_dict("list") == written.to_dict("list")
+    assert configuration.weights_megabytes(loaded) == 0.002
 
 
 # ---- the corpus
@@ -242,24 +242,24 @@ def test_training_log(tmp_path):
 def test_corpus_tables(tmp_path):
     for i in range(200):
         (tmp_path / f"{i}.txt").write_text(f"é {i} " * 10)
-    table = language.corpus_table(str(tmp_path))
+    table = texts.corpus_table(str(tmp_path))
     assert table.documents.sum() == 200 and set(table.split) == {"train", "validation", "test"}
     assert table.megabytes.sum() == pytest.approx(
         sum(len(f"é {i} ".encode()) * 10 for i in range(200)) / 1e6
     )
-    assert language.corpus_table(str(tmp_path), documents=2).documents.max() == 2
-    summary = language.corpus_summary(table)
+    assert texts.corpus_table(str(tmp_path), documents=2).documents.max() == 2
+    summary = texts.corpus_summary(table)
     assert summary.loc["total", [c for c in summary if c.endswith("documents")]].sum() == 200
 
 
 def test_fingerprint_note(monkeypatch):
-    assert "no fingerprint is recorded" in language.fingerprint_note("some/dataset")
-    monkeypatch.setattr(language, "load_texts", lambda source, split: [{"path": "a", "text": "b"}])
-    assert language.fingerprint_note("installed").startswith("warning: test split ")
+    assert "no fingerprint is recorded" in texts.fingerprint_note("some/dataset")
+    monkeypatch.setattr(texts, "load_texts", lambda source, split: [{"path": "a", "text": "b"}])
+    assert texts.fingerprint_note("installed").startswith("warning: test split ")
     monkeypatch.setattr(
-        language, "recorded_fingerprint", lambda: language.fingerprint([{"path": "a", "text": "b"}])
+        texts, "recorded_fingerprint", lambda: texts.fingerprint([{"path": "a", "text": "b"}])
     )
-    assert language.fingerprint_note("installed").endswith(": the recorded one")
+    assert texts.fingerprint_note("installed").endswith(": the recorded one")
 
 
 # ---- behaviour
@@ -269,12 +269,12 @@ def test_samples_follow_the_seed_and_leave_the_random_state(lm):
     prompts = ("def ", "x")
     before = torch.random.get_rng_state()
     first, again, other = (
-        language.samples(lm, prompts, new_tokens=12, seed=seed) for seed in (0, 0, 1)
+        behaviour.samples(lm, prompts, new_tokens=12, seed=seed) for seed in (0, 0, 1)
     )
     assert torch.equal(before, torch.random.get_rng_state())
     assert first == again != other
     assert all(text.startswith(prompt) for text, prompt in zip(first, prompts, strict=True))
-    assert language.samples(lm, prompts, 12, temperature=0, seed=0) == language.samples(
+    assert behaviour.samples(lm, prompts, 12, temperature=0, seed=0) == behaviour.samples(
         lm, prompts, 12, temperature=0, seed=1
     )
 
@@ -297,20 +297,20 @@ class Copier(torch.nn.Module):
 
 def test_induction_tells_a_copier_from_a_random_model(lm):
     copier = LM(Copier(), tiny_tokenizer(), "copier")
-    losses = language.repeated_losses(copier, n_rows=6, length=12)
-    first, second, fall = language.induction_fall(losses)
+    losses = behaviour.repeated_losses(copier, n_rows=6, length=12)
+    first, second, fall = behaviour.induction_fall(losses)
     assert second.mean < 3 < first.mean and fall.low > 1
-    curve = language.induction(losses)
+    curve = behaviour.induction(losses)
     assert curve["copy"].tolist() == [1] * 12 + [2] * 12
     assert curve.loss.mean() == pytest.approx(losses.loss.mean())
     assert ((curve.low <= curve.loss) & (curve.loss <= curve.high)).all()
 
-    _, _, fall = language.induction_fall(language.repeated_losses(lm, n_rows=24, length=12))
+    _, _, fall = behaviour.induction_fall(behaviour.repeated_losses(lm, n_rows=24, length=12))
     assert abs(fall.mean) < 3 * fall.half < 3
 
 
 def test_repeated_rows_are_bos_and_a_sequence_twice(lm):
-    rows = language.repeated_rows(lm, 5, 10)
+    rows = behaviour.repeated_rows(lm, 5, 10)
     assert rows.shape == (5, 21) and (rows[:, 0] == lm.tokenizer.bos_token_id).all()
     assert torch.equal(rows[:, 1:11], rows[:, 11:]) and not set(
         rows[:, 1:].unique().tolist()
@@ -322,7 +322,7 @@ def test_repeated_rows_are_bos_and_a_sequence_twice(lm):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sites_add_up_to_the_residual_stream(family):
-    table = language.residual_identity(tiny_lm(family), random_ids(2, 12))
+    table = sites.residual_identity(tiny_lm(family), random_ids(2, 12))
     assert (
         table.layer.tolist() == list(range(1, LAYERS))
         and (table.error < 3 * table["rounding"]).all()
@@ -334,7 +334,7 @@ def test_sites_do_not_add_up_where_a_part_is_missing():
     lm = tiny_lm()
     # the block adds a little of its own, as a site in the wrong place would seem to
     lm.model.model.layers[2].register_forward_hook(lambda module, args, output: output * 1.01)
-    table = language.residual_identity(lm, random_ids(2, 12)).set_index("layer")
+    table = sites.residual_identity(lm, random_ids(2, 12)).set_index("layer")
     assert table.error[1] < 3 * table["rounding"][1] and table.error[2] > 100 * table["rounding"][2]
 
 
@@ -342,7 +342,7 @@ def test_site_statistics_are_those_of_ordinary_positions():
     lm = tiny_lm()
     ids = random_ids(5, 12)
     ids[2, 7] = 1  # an EOS inside a row
-    table = language.site_statistics(lm, Tokens(ids, torch.arange(5)), batch_rows=2)
+    table = sites.site_statistics(lm, Tokens(ids, torch.arange(5)), batch_rows=2)
     assert len(table) == 3 * LAYERS and set(table.site) == set(SITES)
     row = table[(table.site == "mlp_out") & (table.layer == 1)].iloc[0]
     value = capture(lm, [("mlp_out", 1)], ids)["mlp_out", 1].double()
@@ -359,7 +359,7 @@ def test_site_statistics_are_those_of_ordinary_positions():
 
 
 def test_a_model_without_a_log_gets_a_figure_that_says_so():
-    fig = plots.lm_training(language.training_log(tiny_lm()))
+    fig = plots.lm_training(configuration.training_log(tiny_lm()))
     assert "without a training log" in fig.axes[0].texts[0].get_text()
 
 
@@ -375,9 +375,9 @@ def test_figures_label_their_axes(lm, tokens):
     )
     drawn = [
         plots.lm_training(log),
-        plots.bits_per_byte(language.bits_per_byte(lm, tokens, tokens, groups=4)),
-        plots.induction(language.induction(language.repeated_losses(lm, 4, 10))),
-        plots.sites(language.site_statistics(lm, tokens)),
+        plots.bits_per_byte(compression.bits_per_byte(lm, tokens, tokens, groups=4)),
+        plots.induction(behaviour.induction(behaviour.repeated_losses(lm, 4, 10))),
+        plots.sites(sites.site_statistics(lm, tokens)),
     ]
     for fig in drawn:
         assert all(ax.get_xlabel() for ax in fig.axes)

@@ -8,7 +8,8 @@ import math
 import pandas as pd
 import pytest
 import torch
-from companion.scope import scopestudy
+from companion.scope import cost, scopestudy
+from companion.scope.release import build
 from companion.scope.rises import (
     Rises,
     kind_of,
@@ -76,7 +77,7 @@ def test_a_scope_is_built_in_gemma_scopes_layout_and_returned_at_once_the_second
         for theta in (0.3, 0.15, 0.01)
     ]
     arguments = (lm, train, test, configs, [0, 2], 1, [1024, 2048], 2)
-    found = scopestudy.build(*arguments, workers=1, out=tmp_path / "scope")
+    found = build(*arguments, workers=1, out=tmp_path / "scope")
     assert list(found) == [*SITES, "transcoder"] and all(
         len(folders) == 2 for folders in found.values()
     )
@@ -93,7 +94,7 @@ def test_a_scope_is_built_in_gemma_scopes_layout_and_returned_at_once_the_second
         wider = {(1, "2k"): 2} if "resid_post" in folders[1] else {}
         assert second.groupby(["layer", "width"]).size().to_dict() == {(1, "1k"): 3} | wider
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "scope").rglob("*")}
-    assert scopestudy.build(*arguments, workers=1, out=tmp_path / "scope") == found
+    assert build(*arguments, workers=1, out=tmp_path / "scope") == found
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "scope").rglob("*")} == before
     coders = scopestudy.choose({"transcoder": found.pop("transcoder")}, 1, [1024])
     assert coders.groupby("seed").size().tolist() == [3, 3]
@@ -122,7 +123,7 @@ def test_a_scope_is_built_in_gemma_scopes_layout_and_returned_at_once_the_second
         == table.width.tolist()
     )
     with pytest.raises(ValueError, match="choose sparsities further apart"):
-        scopestudy.build(
+        build(
             lm,
             train,
             test,
@@ -385,7 +386,7 @@ def test_kinds_follow_the_rows():
 
 
 def test_the_plan_by_hand():
-    table = scopestudy.plan(
+    table = cost.plan(
         gpus=(1, 2),
         d_in=10,
         d_sae=100,
@@ -436,7 +437,7 @@ def test_the_plan_by_hand():
 
 
 def test_the_plan_says_where_each_number_is_from():
-    table = scopestudy.plan()
+    table = cost.plan()
     assert set(table.kind) == {"assumed", "derived", "reported"}  # nothing was measured
     first = table[table.gpus == 1].set_index("quantity").value
     assert 10 < first["step: encode"] + first["step: weights"] < 11

@@ -9,7 +9,7 @@ import datasets
 import pandas as pd
 import pytest
 import torch
-from companion.subject.language import token_bytes
+from companion.subject.compression import token_bytes
 from companion.subject.train_lm import train_tokenizer
 
 from jumprelu import corpus

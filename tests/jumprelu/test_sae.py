@@ -180,7 +180,7 @@ def test_gradients_pass_through_a_saved_form():
 def test_what_needs_an_autoencoder_refuses_a_transcoder(tmp_path):
     from companion.reading import editing
     from companion.scope import rises
-    from companion.ste import bandwidth
+    from companion.ste import on_activations
 
     from jumprelu.activations import activations_from_tensor
     from jumprelu.corpus import Tokens
@@ -205,7 +205,7 @@ def test_what_needs_an_autoencoder_refuses_a_transcoder(tmp_path):
     for use in (
         lambda: rises.token_rises(lm, tokens, {"it": coder}),
         lambda: attribution.token_uniformity(coder, lm, tokens),
-        lambda: bandwidth.normalised(coder),
+        lambda: on_activations.normalised(coder),
         lambda: editing.editing_table(lm, {"it": [coder]}, tokens),
         lambda: darkmatter.decompose(acts, {"it": coder}, darkmatter.split(acts)),
         lambda: formats.read(tmp_path / "coder"),

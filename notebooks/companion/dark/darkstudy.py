@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +31,8 @@ from jumprelu.lm import LM
 from jumprelu.recipe import TrainConfig
 from jumprelu.sae import SAE
 
-from ..subject.language import token_losses
-
-Statistic = Callable[[HeldOut, torch.Tensor], torch.Tensor]
+from ..rails.by_seed import Statistic, settings
+from ..rails.lm_loss import token_losses
 
 STATISTICS: dict[str, Statistic] = {
     "fvu": HeldOut.fvu,
@@ -112,16 +111,6 @@ def summary(tests: dict[str, Sequence[HeldOut]], draws: int = 1000) -> pd.DataFr
         for quantity, statistic in STATISTICS.items()
     ]
     return pd.DataFrame(rows, columns=["name", "quantity", "mean", "low", "high"])
-
-
-def settings(table: pd.DataFrame) -> dict[tuple[object, int], list[int]]:
-    """Positions of runs that differ in their seed only: (architecture, number within its seed) →
-    those."""
-    number = table.groupby(["architecture", "seed"], sort=False).cumcount()
-    places: dict[tuple[object, int], list[int]] = {}
-    for position, key in enumerate(zip(table.architecture, number, strict=True)):
-        places.setdefault(key, []).append(position)
-    return places
 
 
 def by_point(
@@ -332,46 +321,6 @@ def baseline_table(
     return pd.DataFrame(
         [(name, *interval) for name, interval in found.items()],
         columns=["predictor", "mean", "low", "high"],
-    )
-
-
-def at(
-    table: pd.DataFrame,
-    tests: Sequence[HeldOut],
-    name: str,
-    statistic: Statistic,
-    value: float,
-    by: str = "l0",
-) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-    """A statistic of an architecture where column `by` of its runs has one value, for each seed a
-    function of weights.
-
-    Linear in log `by` between the two runs that enclose the value (places are fixed, whatever
-    documents are drawn); NaN in a seed whose runs do not reach it. table: a row a run, columns
-    architecture, seed and `by`; tests: of each run.
-    """
-    found = []
-    runs = table.assign(place=range(len(table)))
-    for _, curve in runs[runs.architecture == name].groupby("seed"):
-        curve = curve.sort_values(by)
-        place = np.interp(
-            np.log(value), np.log(curve[by]), np.arange(len(curve)), left=np.nan, right=np.nan
-        )
-        found.append(
-            functools.partial(_between, statistic, [tests[n] for n in curve.place], float(place))
-        )
-    return found
-
-
-def _between(
-    statistic: Statistic, tests: Sequence[HeldOut], place: float, weights: torch.Tensor
-) -> torch.Tensor:
-    if math.isnan(place):
-        return torch.full(weights.shape[:1], math.nan, dtype=torch.float64)
-    lower = min(int(place), len(tests) - 2) if len(tests) > 1 else 0
-    upper = min(lower + 1, len(tests) - 1)
-    return torch.lerp(
-        statistic(tests[lower], weights), statistic(tests[upper], weights), place - lower
     )
 
 

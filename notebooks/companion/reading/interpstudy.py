@@ -24,7 +24,7 @@ from jumprelu.lm import LM
 from jumprelu.sae import SAE
 from jumprelu.train import train
 
-from ..dark.darkstudy import settings
+from ..rails.by_seed import settings
 from ..rails.cache import remember
 from ..rails.study import Sweep
 
