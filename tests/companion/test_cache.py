@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from companion.rails import cache
-from companion.rails.cache import content, remember, result_key, slot
+from companion.rails.cache import content, remember, result_key
 from companion.rails.closure import closure_hash, source_closure
 
 SOURCES = {

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from companion.rails import cluster
-from companion.rails import sweep as module
-from companion.rails.cache import slot
-from companion.rails.sweep import LOG_ROWS, Job, sweep, train_and_score
+from companion.rails.jobs import Job, make_job
+from companion.rails.sweep import sweep
 from models import random_ids, save_tiny, tiny_lm
 from tqdm import tqdm
 
@@ -51,16 +50,7 @@ def cache(tmp_path, monkeypatch):
 def jobs_of(setting, configs):
     """What a sweep makes of these runs."""
     lm, tokens, store = setting
-    with module._one_thread():
-        return [
-            Job(
-                store.folder,
-                config,
-                slot(jr.train, store, config, log_rows=LOG_ROWS).folder,
-                slot(train_and_score, store, config, lm, tokens),
-            )
-            for config in configs
-        ]
+    return [make_job(store, config, lm, tokens) for config in configs]
 
 
 def worker_of(setting, **changes):
@@ -104,7 +94,7 @@ def finished(setting, tmp_path_factory):
             tqdm(file=io.StringIO(), disable=False) as progress,
             pytest.raises(RuntimeError) as raised,
         ):
-            cluster.on_cluster([jobs[:1], jobs[1:3], jobs[3:]], lm, tokens, executor, progress)
+            cluster.on_cluster([jobs[:1], jobs[1:3], jobs[3:]], lm, tokens, progress, executor)
         return Finished(cache_root(), {job.config: job for job in jobs}, progress.n, raised.value)
 
 
@@ -113,12 +103,7 @@ def test_jobs_leave_the_very_files_of_a_sweep_on_one_machine(setting, finished, 
     runs = [(store, config) for config in CONFIGS]
     alone = sweep(runs, lm, tokens, workers=1)
     monkeypatch.setenv("JUMPRELU_CACHE", str(finished.cache))
-    monkeypatch.setattr(
-        module,
-        "_in_processes",
-        lambda tasks, *rest: tasks and pytest.fail("something is left to do"),
-    )
-    found = sweep(runs, lm, tokens)
+    found = sweep(runs, lm, tokens, run=lambda *_: pytest.fail("something is left to do"))
     assert [one.config for one in found] == CONFIGS
     assert all(
         torch.equal(one.sae().W_enc, other.sae().W_enc)
@@ -207,10 +192,10 @@ def test_nothing_is_submitted_for_a_model_in_memory_or_to_a_folder_of_all(settin
     tasks, executor = [jobs_of(setting, CONFIGS)], cluster.make_executor(cluster="local")
     with tqdm(disable=True) as progress:
         with pytest.raises(ValueError, match="'tiny-gemma2' was made in memory.*save_pretrained"):
-            cluster.on_cluster(tasks, tiny_lm(), tokens, executor, progress)
+            cluster.on_cluster(tasks, tiny_lm(), tokens, progress, executor)
         (cache / "cluster").chmod(0o777)
         with pytest.raises(ValueError, match="anyone can write to .*chmod o-w"):
-            cluster.on_cluster(tasks, lm, tokens, executor, progress)
+            cluster.on_cluster(tasks, lm, tokens, progress, executor)
     assert not list(cache.rglob("*.pkl"))
 
 

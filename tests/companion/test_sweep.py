@@ -7,9 +7,10 @@ import dataclasses
 
 import pytest
 import torch
-from companion.rails import sweep as module
-from companion.rails.sweep import sweep
+from companion.rails.jobs import LOG_ROWS, TOGETHER, Job, deal
+from companion.rails.sweep import in_processes, in_turn, sweep
 from models import random_ids, save_tiny
+from tqdm import tqdm
 
 import jumprelu as jr
 
@@ -47,7 +48,7 @@ def test_workers_compute_what_train_and_evaluate_do(setting, cache):
         len(list(cache.glob("train_and_score-*"))) == len(list(cache.glob("train-*"))) == len(runs)
     )
     for (store, config), one in zip(runs, found, strict=False):
-        sae, log = jr.train(store, config, log_rows=module.LOG_ROWS)
+        sae, log = jr.train(store, config, log_rows=LOG_ROWS)
         assert torch.equal(one.sae().W_enc, sae.W_enc) and one.load().log.equals(log)
         alone = jr.evaluate(sae, lm, tokens)
         assert torch.equal(one.report.frequency, alone.frequency)
@@ -56,17 +57,19 @@ def test_workers_compute_what_train_and_evaluate_do(setting, cache):
         ) and one.report.delta_loss == pytest.approx(alone.delta_loss, abs=1e-6)
 
 
-def test_a_finished_run_is_not_computed_again(setting, cache, monkeypatch):
+def test_a_finished_run_is_not_computed_again(setting, cache):
     lm, tokens, (store, _) = setting
     sweep([(store, config) for config in CONFIGS[:2]], lm, tokens, workers=1)
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
     sweep([(store, config) for config in CONFIGS[:3]], lm, tokens, workers=1)
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert len(list(cache.glob("train_and_score-*"))) == 3
-    monkeypatch.setattr(
-        module, "_in_processes", lambda tasks, *rest: tasks and pytest.fail("nothing is left to do")
+    sweep(
+        [(store, config) for config in CONFIGS[:3]],
+        lm,
+        tokens,
+        run=lambda *_: pytest.fail("nothing is left to do"),
     )
-    sweep([(store, config) for config in CONFIGS[:3]], lm, tokens)
 
 
 def test_a_run_that_fails_says_so_and_others_are_kept(setting, cache):
@@ -79,9 +82,8 @@ def test_a_run_that_fails_says_so_and_others_are_kept(setting, cache):
 
 
 def test_tasks_share_batches_and_no_run_is_left_out():
-    job = module.Job
     jobs = [
-        job(
+        Job(
             f"store{s}",
             dataclasses.replace(CONFIGS[0], seed=seed, sparsity=price / 1e3),
             f"{s}-{seed}-{price}",
@@ -91,12 +93,30 @@ def test_tasks_share_batches_and_no_run_is_left_out():
         for seed in range(3)
         for price in range(20)
     ]
-    tasks = module._tasks([*jobs, jobs[0]], workers=2)
+    tasks = deal([*jobs, jobs[0]], workers=2)
     assert sorted(one.folder for task in tasks for one in task) == sorted(
         one.folder for one in jobs
     )
     assert all(len({(one.store, one.config.data_order) for one in task}) == 1 for task in tasks)
-    assert max(map(len, tasks)) <= module.TOGETHER
+    assert max(map(len, tasks)) <= TOGETHER
+
+
+def test_workers_with_the_same_runs_wait_for_each_other(setting, cache):
+    """As when two notebooks have the same sweep at the same time; the second takes the runs in
+    another order."""
+    lm, tokens, (store, _) = setting
+    runs, twice = [(store, config) for config in CONFIGS[:2]], []
+
+    def both(tasks, lm, tokens, progress):
+        twice.extend([*tasks, *(task[::-1] for task in tasks)])
+        in_processes(twice, lm, tokens, progress, workers=2)
+
+    sweep(runs, lm, tokens, workers=1, run=both)
+    assert sum(map(len, twice)) == 2 * len(runs)
+    written = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    with tqdm(disable=True) as progress:
+        in_turn(twice, lm, tokens, progress)
+    assert written == {path: path.stat().st_mtime_ns for path in written}
 
 
 def test_the_number_of_threads_is_as_it_was(setting):

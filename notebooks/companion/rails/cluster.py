@@ -1,8 +1,9 @@
 """Sweeps over a cluster: each task of a sweep is a job, which submitit brings to Slurm.
 
-    from companion.rails.cluster import make_executor
+    from companion.rails.cluster import make_executor, make_runner
     executor = make_executor(timeout_min=240, gpus_per_node=1, slurm_partition="gpu")
-    runs = sweep([(acts, config) for config in configs], lm, tokens, workers=32, executor=executor)
+    runs = [(acts, config) for config in configs]
+    scored = sweep(runs, lm, tokens, workers=32, run=make_runner(executor))
 
 Notable here:
 - results land where a sweep on one machine puts them. The cache (`JUMPRELU_CACHE`), the stores and
@@ -13,9 +14,9 @@ Notable here:
   queue must not file results under the old code's key.
 - the process that waits may be killed: jobs go on. Called again, a sweep computes what is missing
   and does not know of jobs that still wait or run. It submits their runs once more: a job leaves
-  out what is finished, but what two work on at once is double work, and may fail on a GPU, where
-  their bits differ. `scancel --name jumprelu` first avoids it; training goes on from its last
-  checkpoint.
+  out what is finished and, where the file system's locks reach over machines, waits for another one
+  that is at work on its runs. `scancel --name jumprelu` first avoids it; training goes on from its
+  last checkpoint.
 - on a CPU each run has one thread, on which its bits may depend, and a job works on as many runs at
   once as it asked for cpus.
 - submitit hands over function, arguments and result as pickles in the executor's folder. They are
@@ -25,6 +26,7 @@ Notable here:
 
 from __future__ import annotations
 
+import functools
 import logging
 import stat
 import time
@@ -40,19 +42,9 @@ from tqdm import tqdm
 from jumprelu.corpus import Tokens
 from jumprelu.files import cache_root, tensor_digest, write_tensors
 from jumprelu.lm import LM, load_lm
-from jumprelu.train import train
 
-from .cache import slot
-from .sweep import (
-    LOG_ROWS,
-    Job,
-    _in_processes,
-    _one_thread,
-    _opened,
-    _tasks,
-    _work,
-    train_and_score,
-)
+from .jobs import Runner, Task, deal, make_job, one_thread, open_store, work
+from .sweep import in_processes
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +95,7 @@ class Worker:
     tokens: Path
     cpus: int
 
-    def __call__(self, task: Sequence[Job]) -> int:
+    def __call__(self, task: Task) -> int:
         """Train and score what is not there yet; returns the number of these runs. A GPU is used
         where the job has one.
 
@@ -124,15 +116,16 @@ class Worker:
         _check_keys(task, lm, tokens)
         if lm.device.type != "cpu":
             torch.set_num_threads(self.cpus)  # they only feed the GPU
-            return _work(task, lm, tokens)
-        if self.cpus == 1:
-            with _one_thread():
-                return _work(task, lm, tokens)
-        with tqdm(total=len(task), desc="SAEs", unit="run") as progress:
-            _in_processes(_tasks(task, self.cpus), lm, tokens, self.cpus, progress)
+            work(task, lm, tokens)
+        elif self.cpus == 1:
+            with one_thread():
+                work(task, lm, tokens)
+        else:
+            with tqdm(total=len(task), desc="SAEs", unit="run") as progress:
+                in_processes(deal(task, self.cpus), lm, tokens, progress, self.cpus)
         return len(task)
 
-    def checkpoint(self, task: Sequence[Job]) -> Any:
+    def checkpoint(self, task: Task) -> Any:
         """What submitit submits in the place of a job that ran out of time: the same again, which
         goes on."""
         from submitit.helpers import DelayedSubmission
@@ -140,27 +133,28 @@ class Worker:
         return DelayedSubmission(self, task)
 
 
-def _check_keys(task: Sequence[Job], lm: LM, tokens: Tokens) -> None:
+def _check_keys(task: Task, lm: LM, tokens: Tokens) -> None:
     """Raise RuntimeError unless the runs would be kept under the keys here, too, that they were
     submitted with."""
-    with _one_thread():  # of which the keys speak, on every machine
-        for job in task:
-            acts = _opened(job.store)
-            here = (
-                slot(train, acts, job.config, log_rows=LOG_ROWS).folder.name,
-                slot(train_and_score, acts, job.config, lm, tokens).folder.name,
+    for job in task:
+        here = make_job(open_store(job.store), job.config, lm, tokens)
+        keys = (here.folder.name, here.report.folder.name)
+        if keys != (job.folder.name, job.report.folder.name):
+            raise RuntimeError(
+                f"this run would be {keys[1]} here, and was submitted as {job.report.folder.name}: "
+                "the package's code, torch or NumPy, the activations or the tokens changed since. "
+                "Nothing was computed; call the sweep again"
             )
-            if here != (job.folder.name, job.report.folder.name):
-                raise RuntimeError(
-                    f"this run would be {here[1]} here, and was submitted as "
-                    f"{job.report.folder.name}: the package's code, torch or NumPy, the "
-                    "activations or the tokens changed since. Nothing was computed; call the "
-                    "sweep again"
-                )
+
+
+def make_runner(executor: Any) -> Runner:
+    """The runner for :func:`companion.rails.sweep.sweep` that submits a job for each task and waits
+    for all: :func:`on_cluster` with this executor, of :func:`make_executor`."""
+    return functools.partial(on_cluster, executor=executor)
 
 
 def on_cluster(
-    tasks: Sequence[Sequence[Job]], lm: LM, tokens: Tokens, executor: Any, progress: tqdm
+    tasks: Sequence[Task], lm: LM, tokens: Tokens, progress: tqdm, executor: Any
 ) -> None:
     """Submit a job for each of a sweep's tasks and wait for all; `progress` counts the runs that
     are there.
@@ -174,8 +168,6 @@ def on_cluster(
     and log of each that failed. What the others computed is kept, and of a failed one its finished
     runs and checkpoints: the same sweep goes on from there.
     """
-    if not tasks:
-        return
     if lm.folder is None:
         raise ValueError(
             f"the model {lm.name!r} was made in memory, and jobs read theirs from a folder: write "
@@ -221,7 +213,7 @@ def on_cluster(
         ) from cause
 
 
-def _anywhere(task: Sequence[Job]) -> list[Job]:
+def _anywhere(task: Task) -> Task:
     """A task whose places do not depend on the folder that a process is in."""
     return [
         job._replace(
@@ -233,7 +225,7 @@ def _anywhere(task: Sequence[Job]) -> list[Job]:
     ]
 
 
-def _missing(task: Sequence[Job], patience: float) -> int:
+def _missing(task: Task, patience: float) -> int:
     """How many of a task's runs have no result, after waiting `patience` seconds for them to
     show."""
     until = time.monotonic() + patience
@@ -242,7 +234,7 @@ def _missing(task: Sequence[Job], patience: float) -> int:
     return missing
 
 
-def _reason(error: Exception | None, task: Sequence[Job]) -> str:
+def _reason(error: Exception | None, task: Task) -> str:
     """Why a job failed, in a line: its exception, or what became of a job that ended without
     one."""
     if error is None:

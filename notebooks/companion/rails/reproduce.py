@@ -43,8 +43,8 @@ from rich.table import Table
 
 from jumprelu.files import SUBJECT, cache_root, digest, read_json, sha256, write_json, write_text
 
-from .closure import source_closure
 from .claims import write_ledger
+from .closure import source_closure
 from .figures import ROOT
 from .profiles import DEFAULT_PROFILE, Notebook, check_profile, find_notebooks
 

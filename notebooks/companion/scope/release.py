@@ -23,7 +23,8 @@ from jumprelu.sites import SITES, Key
 from jumprelu.train import train_many
 
 from ..rails.cache import remember
-from ..rails.sweep import LOG_ROWS, sweep
+from ..rails.jobs import LOG_ROWS
+from ..rails.sweep import sweep
 
 HARVESTED = 2**25
 """Activations, as single numbers, that a harvest of many places holds before they are written; but
