@@ -70,7 +70,8 @@ configuration.config_table(lm)
 # %%
 parameters = configuration.parameter_table(lm)
 print(
-    f"{parameters.parameters.sum():,} parameters, {configuration.weights_megabytes(lm):.1f} MB of weights"
+    f"{parameters.parameters.sum():,} parameters, {configuration.weights_megabytes(lm):.1f} MB of "
+    "weights"
 )
 parameters.round(3)
 
@@ -177,7 +178,8 @@ save_figure("00", plots.induction, curve)
 identity = sites.residual_identity(lm, test.ids[:4])
 adds_up = bool((identity.error < 3 * identity.rounding).all())
 print(
-    f"left over of the change, largest of {len(identity)} blocks: {identity.error.max():.0e}; only rounding: {adds_up}"
+    f"left over of the change, largest of {len(identity)} blocks: {identity.error.max():.0e}; only "
+    f"rounding: {adds_up}"
 )
 
 # %% [markdown]
@@ -215,7 +217,9 @@ show_facts(
         "loss on random tokens, second time (nats)": round(second.mean, 1),
         "the loss falls on the second copy (interval above 0)": bool(fall.low > 0),
         "blocks add up from the three sites": adds_up,
-        "E‖x‖² of resid_post, first and last layer": f"{resid.mean_square.iloc[0]:.2g}, {resid.mean_square.iloc[-1]:.2g}",
+        "E‖x‖² of resid_post, first and last layer": ", ".join(
+            f"{resid.mean_square.iloc[end]:.2g}" for end in (0, -1)
+        ),
         "largest share of the mean at resid_post": round(resid.mean_share.max(), 2),
         "norm at BOS over norm elsewhere, resid_post, largest": round(resid.first_ratio.max(), 1),
     },

@@ -431,7 +431,8 @@ ledger(
         claim(
             "J2",
             "JumpReLU",
-            "The straight-through gradient is that of the expected loss (narrow ε, real data, within 10 %).",
+            "The straight-through gradient is that of the expected loss (narrow ε, real data, "
+            "within 10 %).",
             "distance to finite differences over the same window, relative",
             relative,
             (0, 0.1),

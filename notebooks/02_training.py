@@ -72,7 +72,8 @@ test_tokens = jr.tokenize(
 acts = remember(jr.harvest, lm, train_tokens, site=site, layer=layer, dtype=storage)
 print(acts)
 print(
-    f"evaluation: {len(test_tokens)} rows of {len(test_tokens.document.unique())} held-out documents"
+    f"evaluation: {len(test_tokens)} rows of {len(test_tokens.document.unique())} held-out "
+    "documents"
 )
 
 # %% [markdown]
@@ -284,7 +285,9 @@ show_facts(
         "the model's own loss, nats per token": round(first.loss.value, 1),
         "delta LM loss of the first seed, nats per token": float(f"{first.delta_loss.value:.2g}"),
         "its standard error over documents": float(f"{first.delta_loss.se:.1g}"),
-        "θ, median at the start and at the end": f"{threshold_init:g}, {latents.threshold.median():.2g}",
+        "θ, median at the start and at the end": (
+            f"{threshold_init:g}, {latents.threshold.median():.2g}"
+        ),
         "rank correlation of θ and frequency": round(
             latents[latents.frequency > 0].corr("spearman").threshold.frequency, 1
         ),

@@ -56,7 +56,8 @@ steps: int = 200
 batch_size: int = 256
 dead_after: int = 20000  # tokens of silence after which a latent counts as dead
 seeds: int = 3
-variants: dict = {  # name: what differs from the defaults of TrainConfig; lists: one value for each point of the curve
+# Name: what differs from the defaults of TrainConfig; lists: one value for each point of the curve.
+variants: dict = {
     "JumpReLU": {
         "threshold_init": [0.1, 0.07, 0.045, 0.03],
         "sparsity": [0.002, 0.001, 0.001, 0.001],
@@ -116,10 +117,12 @@ acts = remember(jr.harvest, lm, train_tokens, site=site, layer=layer, dtype=stor
 print(acts)
 longest = max(steps, *lengths) * batch_size
 print(
-    f"{steps * batch_size:,} tokens a run; the longest run below, of {longest:,}, sees each {longest / len(acts):.1f} times"
+    f"{steps * batch_size:,} tokens a run; the longest run below, of {longest:,}, sees each "
+    f"{longest / len(acts):.1f} times"
 )
 print(
-    f"evaluation: {len(test_tokens)} rows of {len(test_tokens.document.unique())} held-out documents"
+    f"evaluation: {len(test_tokens)} rows of {len(test_tokens.document.unique())} held-out "
+    "documents"
 )
 
 # %% [markdown]
@@ -458,7 +461,8 @@ claims = [
         claim(
             f"P{number}",
             "ours",
-            f"A power law in {name}, fitted without the last point, predicts FVU there within 5 % (TopK).",
+            f"A power law in {name}, fitted without the last point, predicts FVU there within 5 % "
+            "(TopK).",
             "FVU measured / predicted",
             Interval(*row[["ratio", "ratio_low", "ratio_high"]]),
             same,

@@ -53,7 +53,8 @@ steps: int = 200
 batch_size: int = 256
 dead_after: int = 20000  # tokens of silence after which a latent counts as dead
 seeds: int = 3
-variants: dict = {  # name: what differs from the defaults of TrainConfig; lists: one value for each point of the curve
+# Name: what differs from the defaults of TrainConfig; lists: one value for each point of the curve.
+variants: dict = {
     "JumpReLU": {
         "threshold_init": [0.1, 0.07, 0.045, 0.03],
         "sparsity": [0.002, 0.001, 0.001, 0.001],
@@ -95,7 +96,9 @@ compared: list = [
 ]  # in the figures against L0
 shown: list = ["JumpReLU", "TopK", "Gated", "ReLU"]  # in the histograms
 matched_l0: float = 40.0  # L0 at which architectures are compared
-remedies: dict = {  # other losses of JumpReLU SAEs, in the form of `variants`; at JumpReLU's learning rate and two of its starts
+# Other losses of JumpReLU SAEs, in the form of `variants`; at JumpReLU's learning rate and two of
+# its starts.
+remedies: dict = {
     "frequency, ω₀ = 0.03": {
         "sparsity_loss": "frequency",
         "frequency_reference": 0.03,
@@ -145,7 +148,8 @@ n_tokens = main.runs[0].report.n_tokens
 print(acts)
 print(f"evaluation: {n_tokens} tokens of {len(test_tokens.document.unique())} held-out documents")
 print(
-    f"one latent is {1 / d_sae:.2%} of d_sae; at L0 = {matched_l0:g} a latent fires on {matched_l0 / d_sae:.1%} on average"
+    f"one latent is {1 / d_sae:.2%} of d_sae; at L0 = {matched_l0:g} a latent fires on "
+    f"{matched_l0 / d_sae:.1%} on average"
 )
 
 # %% [markdown]
@@ -387,7 +391,8 @@ claims = [
             more,
             "",
             missing="needs an SAE so wide that 10 % is far above "
-            f"the mean frequency; here it is {ten_percent} times that, in the paper over a hundred times",
+            f"the mean frequency; here it is {ten_percent} times that, in the paper over a hundred "
+            "times",
         )
         for letter, name in (("a", "JumpReLU"), ("b", "TopK"))
     ),
@@ -395,7 +400,8 @@ claims = [
         judged(
             f"F{number}",
             "ours",
-            f"{name} has more latents than Gated above 10 %, here {ten_percent} times the mean frequency.",
+            f"{name} has more latents than Gated above 10 %, here {ten_percent} times the mean "
+            "frequency.",
             f"share above 10 % at {equal}, {name} − Gated",
             versus(name, "Gated"),
             more,
@@ -407,12 +413,14 @@ claims = [
         "J7c",
         "JumpReLU",
         "Fewer than 0.06 % of latents fire extremely often (131k latents).",
-        f"share of JumpReLU latents that fire on over {often:.0%} of tokens near {equal}, binomial interval over latents "
+        f"share of JumpReLU latents that fire on over {often:.0%} of tokens near {equal}, binomial "
+        "interval over latents "
         "of all seeds",
         frequency.extreme_share(frequencies["JumpReLU"], often),
         (0, 0.0006),
         "04_frequency_histograms",
-        f"what counts as extremely often is our reading; one latent is {1 / d_sae:.2%} of d_sae = {d_sae}",
+        f"what counts as extremely often is our reading; one latent is {1 / d_sae:.2%} of d_sae = "
+        f"{d_sae}",
     ),
     judged(
         "J8a",
@@ -438,18 +446,22 @@ claims = [
         "J9",
         "JumpReLU",
         "Few latents of a JumpReLU SAE are dead (second-hand).",
-        f"share silent for the last {dead_after:,} tokens of training, near {equal}, binomial interval over latents of all "
+        f"share silent for the last {dead_after:,} tokens of training, near {equal}, binomial "
+        "interval over latents of all "
         "seeds; few: up to 5 %",
         dead_share("JumpReLU"),
         (-np.inf, 0.05),
         "04_dead_latents",
-        "the paper counts latents rarer than one token in ten million, for which the run is too short",
+        "the paper counts latents rarer than one token in ten million, for which the run is too "
+        "short",
     ),
     judged(
         "J9b",
         "JumpReLU",
-        "Many latents of the original Gated recipe are dead (about 40 % at one layer, second-hand).",
-        f"share silent for the last {dead_after:,} tokens of training, near {equal}, binomial interval over latents of all "
+        "Many latents of the original Gated recipe are dead (about 40 % at one layer, "
+        "second-hand).",
+        f"share silent for the last {dead_after:,} tokens of training, near {equal}, binomial "
+        "interval over latents of all "
         "seeds; many: over 20 %",
         dead_share("Gated, original"),
         (0.2, 1),

@@ -52,7 +52,8 @@ batch_size: int = 256
 dead_after: int = 20000  # tokens of silence after which a latent counts as dead
 lr: float = 0.006
 seeds: int = 3
-reference: dict = {  # the recipe at several sparsities: fields of TrainConfig that differ from its defaults
+# The recipe at several sparsities: fields of TrainConfig that differ from its defaults.
+reference: dict = {
     "threshold_init": [0.1, 0.07, 0.045, 0.03, 0.015],
     "sparsity": [0.002, 0.001, 0.001, 0.001, 0.0003],
 }
@@ -97,7 +98,8 @@ target_losses: dict = {
     "per token, λ = 3": {"sparsity_loss": "l0_target", "sparsity": 3.0},
     "mean of the batch, λ = 1": {"sparsity_loss": "l0_target_batch", "sparsity": 1.0},
 }
-methods: dict = {  # ways to choose ε, and Adam's momentum; the first is what the others are compared with
+# Ways to choose ε, and Adam's momentum; the first is what the others are compared with.
+methods: dict = {
     "ε = 0.1": {
         "sparsity": [0.001, 0.0004]
     },  # at two prices: it ends sparser than the others, which are to lie within its curve
@@ -133,9 +135,8 @@ along_bandwidths: list = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2]
 along_latents: int = 64
 along_batch_size: int = 2048
 along_batches: int = 24
-along_steps: int = (
-    100  # training steps over which a threshold averages its gradients: an assumption, see the text
-)
+# Training steps over which a threshold averages its gradients: an assumption, see the text.
+along_steps: int = 100
 workers: int = 0  # processes that train, each with one thread; 0: one a core
 threads: int = 2
 
@@ -612,7 +613,8 @@ claims = [
         "A7",
         "ours",
         "The bandwidth of least error falls along the run.",
-        f"best ε at {along[-1]:.0%} of the run over that at {along[0]:.0%}, one seed, interval over batches",
+        f"best ε at {along[-1]:.0%} of the run over that at {along[0]:.0%}, one seed, interval "
+        "over batches",
         best_falls,
         (nothing, 1),
         "05_estimator_along_run",
@@ -640,7 +642,8 @@ claims = [
         "A8c",
         "ours",
         "With momentum JumpReLU is level with or better than TopK with momentum.",
-        f"delta LM loss at equal L0, JumpReLU / TopK, after {short:,} tokens; up to 5 % counts as level",
+        f"delta LM loss at equal L0, JumpReLU / TopK, after {short:,} tokens; up to 5 % counts as "
+        "level",
         ratio_of("β₁ = 0.9", "TopK, β₁ = 0.9", short, "delta_loss"),
         (nothing, 1.05),
         "05_annealing",

@@ -23,13 +23,15 @@
 # %%
 import dataclasses
 import math
+from functools import partial
 
 import pandas as pd
 import torch
 from companion.dark import darkstudy
 from companion.dark.plots import linear as plots
+from companion.dark.plots import widths as width_plots
 from companion.rails import study
-from companion.rails.by_seed import statistic_at
+from companion.rails.by_seed import difference, statistic_at
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import save_figure, show_facts
@@ -117,7 +119,8 @@ parts = darkmatter.split(held_out, test_share, start=start)
 base = jr.TrainConfig(d_sae=d_sae, steps=steps, batch_size=batch_size, dead_after=dead_after)
 fitted = int(sum(len(rows.x) for rows in darkmatter.stream(held_out, parts, "fit")))
 print(
-    f"{fitted} tokens of {int((parts.fold >= 0).sum())} documents to fit on, {fitted / held_out.d_in:.0f} for each dimension"
+    f"{fitted} tokens of {int((parts.fold >= 0).sum())} documents to fit on, "
+    f"{fitted / held_out.d_in:.0f} for each dimension"
 )
 print(
     f"{len(held_out) - fitted} tokens of {int((parts.fold < 0).sum())} other documents to test on"
@@ -251,7 +254,7 @@ broken = darkstudy.breakdown_table(rungs.table, rung_tests, law_draws)
 shown = pd.concat(
     [by_width.assign(kind="measured"), broken.assign(kind="breakdown")], ignore_index=True
 )
-save_figure("06", plots.dark_breakdown, shown)
+save_figure("06", width_plots.dark_breakdown, shown)
 
 # %% [markdown]
 # Left: FVU, its split, and the law. Middle: FVU and FVU_nl. Right: what is predictable. A wider SAE
@@ -271,7 +274,7 @@ save_figure("06", plots.dark_breakdown, shown)
 
 # %%
 pairs = darkstudy.pair_table(rungs.table, ladder_norms, draws)
-save_figure("06", plots.dark_pairs, pairs)
+save_figure("06", width_plots.dark_pairs, pairs)
 
 # %% [markdown]
 # ## What else predicts the norm of the error?
@@ -369,10 +372,12 @@ def norm_gap(name: str):
         for vector, statistic in darkstudy.NORM_STATISTICS.items()
     }
     nonlinear = of.pop("nonlinear")
-    gaps = [
-        lambda w, n=n: nonlinear[n](w) - torch.stack([each[n](w) for each in of.values()]).amin(0)
-        for n in range(seeds)
-    ]
+
+    def gap(seed: int, weights: torch.Tensor) -> torch.Tensor:
+        others = torch.stack([statistic[seed](weights) for statistic in of.values()])
+        return nonlinear[seed](weights) - others.amin(0)
+
+    gaps = [partial(gap, seed) for seed in range(seeds)]
     return over_seeds(gaps, documents, draws)
 
 
@@ -382,23 +387,19 @@ def apart(other: str, by: str, value: float):
         statistic_at(main_runs, main_tests, name, darkmatter.HeldOut.vector_r2, value, by)
         for name in ("JumpReLU", other)
     )
-    gaps = [
-        lambda w, one=one, two=two: one(w) - two(w) for one, two in zip(mine, theirs, strict=True)
-    ]
+    gaps = [partial(difference, one, two) for one, two in zip(mine, theirs, strict=True)]
     return over_seeds(gaps, documents, draws)
 
 
 def levels(quantity: str, start: int):
     """A statistic at the greatest width over that at another."""
     place = {(row.d_sae, row.seed): rung_tests[n] for n, row in enumerate(rungs.table.itertuples())}
-    ratio = [
-        lambda w, seed=seed: (
-            darkstudy.STATISTICS[quantity](place[greatest, seed], w)
-            / darkstudy.STATISTICS[quantity](place[start, seed], w)
-        )
-        for seed in range(seeds)
-    ]
-    return over_seeds(ratio, documents, draws)
+    statistic = darkstudy.STATISTICS[quantity]
+
+    def ratio(seed: int, weights: torch.Tensor) -> torch.Tensor:
+        return statistic(place[greatest, seed], weights) / statistic(place[start, seed], weights)
+
+    return over_seeds([partial(ratio, seed) for seed in range(seeds)], documents, draws)
 
 
 def whose(name: str) -> str:
@@ -458,7 +459,8 @@ claims = [
         "D12",
         "Dark matter",
         "Simpler predictors of the norm are far behind x (from memory): the mean for the token.",
-        f"R² of ‖error‖² from x minus that from the token's mean, JumpReLU near L0 = {ladder_k}; ends of two intervals, apart",
+        f"R² of ‖error‖² from x minus that from the token's mean, JumpReLU near L0 = {ladder_k}; "
+        "ends of two intervals, apart",
         Interval(whole.mean - token.mean, whole.low - token.high, whole.high - token.low),
         (0, everything),
         "06_dark_baselines",
@@ -468,7 +470,8 @@ claims = [
         "D15",
         "ours",
         "The direction that predicts a large error is one of large latents.",
-        "rank correlation of a latent's size with the change of predicted ‖error‖² along it, latents above the median size",
+        "rank correlation of a latent's size with the change of predicted ‖error‖² along it, "
+        "latents above the median size",
         darkstudy.size_correlation(directions, draws),
         (0, 1),
         "06_dark_directions",
@@ -491,7 +494,8 @@ claims = [
         "D4",
         "Dark matter",
         "SAEs of all widths struggle with the same tokens.",
-        f"R² of ‖error‖ at width {greatest} from that at {narrowest}, token by token; over 0.5 counts",
+        f"R² of ‖error‖ at width {greatest} from that at {narrowest}, token by token; over 0.5 "
+        "counts",
         pair("error", narrowest, greatest),
         (0.5, 1),
         "06_dark_pairs",
@@ -501,7 +505,8 @@ claims = [
         "D4b",
         "ours",
         "So they do beyond what the token itself tells.",
-        f"share of what the token's mean leaves of ‖error‖ at width {greatest} that ‖error‖ at {narrowest} explains; over 0.1",
+        f"share of what the token's mean leaves of ‖error‖ at width {greatest} that ‖error‖ at "
+        f"{narrowest} explains; over 0.1",
         darkstudy.beyond_token(rungs.table, ladder_norms, narrowest, greatest, draws),
         (0.1, 1),
         "06_dark_pairs",

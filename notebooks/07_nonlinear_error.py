@@ -397,8 +397,10 @@ claims = [
     claim(
         "D7a",
         "Dark matter",
-        "The nonlinear error causes a proportional share of the rise in cross-entropy (to a quarter).",
-        f"its share of the rise, mean of missing alone and restored alone, over its share of the squared error, "
+        "The nonlinear error causes a proportional share of the rise in cross-entropy (to a "
+        "quarter).",
+        "its share of the rise, mean of missing alone and restored alone, over its share of the "
+        "squared error, "
         f"{next(iter(variants))} at L0 = {at_l0:.0f}",
         by_l0,
         (0.8, 1.25),
@@ -412,7 +414,8 @@ claims = [
             f"D7{letter}",
             "Dark matter",
             f"So it does by what happens when it alone is {way} (to a quarter).",
-            f"share of the rise when the nonlinear error alone is {way}, over its share of the squared error, "
+            f"share of the rise when the nonlinear error alone is {way}, over its share of the "
+            "squared error, "
             f"{next(iter(variants))} at L0 = {at_l0:.0f}",
             of_harm("L0", next(iter(variants)), "l0", k, f"{column} over size")[0],
             (0.8, 1.25),
@@ -448,7 +451,8 @@ claims = [
         "D8b",
         "Dark matter",
         "Gradient pursuit lowers the nonlinear error only very slightly.",
-        f"FVU_nl with pursuit over that with the encoder, width {greatest}; very slightly: by up to 5 %",
+        f"FVU_nl with pursuit over that with the encoder, width {greatest}; very slightly: by up "
+        "to 5 %",
         of_width("fvu_nonlinear", greatest),
         (0.95, 1),
         "07_dark_pursuit",
@@ -459,7 +463,8 @@ claims = [
             f"D9{letter}",
             "Dark matter",
             f"The SAE at {s}, layer {n}, explains more of the nonlinear error than pursuit does.",
-            "R² of the nonlinear error from that SAE's output, minus the share that pursuit with the same SAE removes",
+            "R² of the nonlinear error from that SAE's output, minus the share that pursuit with "
+            "the same SAE removes",
             of_source(f"{s}, layer {n}", "beyond pursuit"),
             (0, everything),
             "07_dark_sources",
@@ -501,7 +506,8 @@ claims = [
         "D13d",
         "Dark matter",
         "It is not more linear error (from memory: correlation −.10).",
-        "correlation of its share of the variance with FVU − FVU_nl, known features; not: within 0.2",
+        "correlation of its share of the variance with FVU − FVU_nl, known features; not: within "
+        "0.2",
         correlation("output", "fvu_linear"),
         (-0.2, 0.2),
         "07_dark_synthetic",
@@ -512,7 +518,8 @@ claims = [
             f"D13{letter}",
             "ours",
             f"Alone, {cause} mostly linear error.",
-            "linear share of the error where nothing else is wrong, mean over levels; mostly: over half",
+            "linear share of the error where nothing else is wrong, mean over levels; mostly: over "
+            "half",
             linear_share(knob),
             (0.5, 1),
             "07_dark_synthetic",

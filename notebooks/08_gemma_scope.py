@@ -23,9 +23,12 @@
 # Nothing else differs: a profile is a file of parameters.
 
 # %%
+from functools import partial
+
 import pandas as pd
 import torch
 from companion.rails import study
+from companion.rails.by_seed import difference
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import save_figure, show_facts
@@ -39,7 +42,9 @@ from jumprelu.latents import attribution
 # %% tags=["parameters"]
 model: str = ""  # empty: the embedded model; otherwise a hub id or a folder
 dataset: str = "installed"  # text for training and evaluation
-releases: dict = {}  # site, or transcoder: hub id or folder, or several that differ in their seed; empty: a scope is trained
+# Site, or transcoder: hub id or folder, or several that differ in their seed; empty: a scope is
+# trained.
+releases: dict = {}
 layer: int = 3  # where widths, positions, kinds of text and precisions are compared
 layers: list = []  # layers beside that one; empty: all that the release has
 widths: list = [1024, 2048, 4096]  # the first one at all layers
@@ -49,7 +54,8 @@ dense_l0: float = 60.0  # the same for frequencies, which need latents that fire
 context_size: int = 256
 test_rows: int = 12  # rows of held-out documents, one a document, on which every SAE is scored
 detail_rows: int = 128  # the same, for positions and kinds of text
-kind_column: str = ""  # what kind of text a document is, such as meta.pile_set_name; empty: the first part of its path
+# What kind of text a document is, such as meta.pile_set_name; empty: the first part of its path.
+kind_column: str = ""
 kind_least: int = 8  # documents that a kind must have to be shown
 mathematics: str = "sympy"  # the kind that is, or is nearest to, mathematics
 parliament: str = ""  # the kind that is the proceedings of a parliament; empty: there is none
@@ -438,14 +444,10 @@ def falling(site: str):
     """r_L0 at a site's greatest L0 minus that at its least, seed by seed."""
     place = {index: n for n, index in enumerate(narrow.index)}
     runs = [rows.sort_values("l0").index for _, rows in narrow[narrow.site == site].groupby("seed")]
-    return over_seeds(
-        [
-            lambda w, run=run: even[place[run[-1]]].mean(w) - even[place[run[0]]].mean(w)
-            for run in runs
-        ],
-        attributed,
-        draws,
-    )
+    gaps = [
+        partial(difference, even[place[run[-1]]].mean, even[place[run[0]]].mean) for run in runs
+    ]
+    return over_seeds(gaps, attributed, draws)
 
 
 def dark_at(site: str, quantity: str):
@@ -501,7 +503,8 @@ scope_claims = [
             f"G13{letter}",
             "Gemma Scope",
             f"Delta LM loss is smooth across layers ({SHORT[site]}; up to twofold a layer).",
-            f"largest factor between neighbouring layers at L0 = {target_l0:g}, over documents, of that pair alone",
+            f"largest factor between neighbouring layers at L0 = {target_l0:g}, over documents, of "
+            "that pair alone",
             scopestudy.largest_step(
                 by_layer[(by_layer.site == site) & (by_layer.metric == "delta_loss")]
             ),
@@ -517,7 +520,8 @@ scope_claims = [
             f"G3{letter}",
             "Gemma Scope",
             f"Wider SAEs lose less at equal L0 ({SHORT[site]}).",
-            f"delta LM loss at equal L0, width {widest[site]} / {widths[0]}, {over(site, widest[site])}",
+            f"delta LM loss at equal L0, width {widest[site]} / {widths[0]}, "
+            f"{over(site, widest[site])}",
             by_width(site),
             (nothing, 1),
             "08_scope_widths",
@@ -529,7 +533,8 @@ scope_claims = [
         "G4a",
         "Gemma Scope",
         "With the width, the mode of firing frequencies moves to the left (residual stream).",
-        f"median log₁₀ frequency of latents that fire near L0 = {dense_l0:g}, width {widest[main]} − {widths[0]}, over seeds",
+        f"median log₁₀ frequency of latents that fire near L0 = {dense_l0:g}, width {widest[main]} "
+        f"− {widths[0]}, over seeds",
         widening(lambda f: f[f > 0].double().log10().median().item()),
         (nothing, 0),
         "08_scope_frequency",
@@ -540,7 +545,8 @@ scope_claims = [
         "G4b",
         "Gemma Scope",
         "The cluster of latents that fire very often stays as the width grows (residual stream).",
-        f"log₂ of the number that fire on over 10 % of tokens near L0 = {dense_l0:g}, width {widest[main]} − {widths[0]}, "
+        f"log₂ of the number that fire on over 10 % of tokens near L0 = {dense_l0:g}, width "
+        f"{widest[main]} − {widths[0]}, "
         "over seeds; stays: within a factor of two",
         widening(lambda f: (f > 0.1).double().sum().log2().item()),
         (-1, 1),
@@ -552,7 +558,8 @@ scope_claims = [
         "G2a",
         "Gemma Scope",
         f"Attention's delta LM loss is flat after about {flat_after} tokens (within a tenth).",
-        f"delta LM loss at positions from {half} over that at {flat_after} to {half - 1}, over documents",
+        f"delta LM loss at positions from {half} over that at {flat_after} to {half - 1}, over "
+        "documents",
         later("attn_out"),
         (0.9, 1 / 0.9),
         "08_scope_positions",
@@ -561,7 +568,8 @@ scope_claims = [
         "G2b",
         "Gemma Scope",
         "The MLP's delta LM loss peaks near position 10.",
-        "delta LM loss at positions 6 to 16 over the greater of those before and after, over documents",
+        "delta LM loss at positions 6 to 16 over the greater of those before and after, over "
+        "documents",
         bootstrap(peak, len(kinds), draws),
         (1, everything),
         "08_scope_positions",
@@ -570,7 +578,8 @@ scope_claims = [
         "G2c",
         "Gemma Scope",
         "The residual stream's delta LM loss reaches a plateau (within a tenth).",
-        f"delta LM loss at positions from {half} over that at {flat_after} to {half - 1}, over documents",
+        f"delta LM loss at positions from {half} over that at {flat_after} to {half - 1}, over "
+        "documents",
         later("resid_post"),
         (0.9, 1 / 0.9),
         "08_scope_positions",
@@ -579,7 +588,8 @@ scope_claims = [
         "G8a",
         "Gemma Scope",
         "Delta LM loss is least on mathematics (the Pile's dm_mathematics).",
-        f"delta LM loss on {mathematics} over the least of the other kinds', {main}, over documents",
+        f"delta LM loss on {mathematics} over the least of the other kinds', {main}, over "
+        "documents",
         extreme(mathematics, torch.amin),
         (nothing, 1),
         "08_scope_subsets",
@@ -590,7 +600,8 @@ scope_claims = [
         "G8b",
         "Gemma Scope",
         "Delta LM loss is greatest on proceedings of a parliament (the Pile's europarl).",
-        f"delta LM loss on {parliament or 'proceedings'} over the greatest of the other kinds', {main}, over documents",
+        f"delta LM loss on {parliament or 'proceedings'} over the greatest of the other kinds', "
+        f"{main}, over documents",
         extreme(parliament, torch.amax),
         (1, everything),
         "08_scope_subsets",
@@ -601,7 +612,8 @@ scope_claims = [
             f"G9{letter}",
             "Gemma Scope",
             f"Running SAEs in bfloat16 makes no difference worth mentioning ({SHORT[site]}).",
-            "relative change of delta LM loss against float32, paired, over documents; negligible: within 1 %",
+            "relative change of delta LM loss against float32, paired, over documents; negligible: "
+            "within 1 %",
             Interval(*cast[cast.site == site][["mean", "low", "high"]].iloc[0]),
             (-0.01, 0.01),
             "08_scope_dtype",
@@ -612,7 +624,8 @@ scope_claims = [
         "G10",
         "Gemma Scope",
         "Transcoders cost more than SAEs of the MLP's output at equal L0.",
-        f"delta LM loss at equal L0, transcoders / SAEs, layer {layer}, {over('mlp_out', widths[0])}",
+        f"delta LM loss at equal L0, transcoders / SAEs, layer {layer}, "
+        f"{over('mlp_out', widths[0])}",
         None
         if coder_table.empty
         else scopestudy.versus(beside, "site", "transcoder", "mlp_out", "delta_loss", documents),
@@ -649,7 +662,8 @@ scope_claims = [
             f"D14{letter}",
             "Dark matter",
             f"About half of the error vector is linearly predictable ({SHORT[site]}).",
-            f"pooled R² of the error from x, layer {layer}, L0 nearest to {target_l0:g}, over documents; about half: 0.4 to 0.6",
+            f"pooled R² of the error from x, layer {layer}, L0 nearest to {target_l0:g}, over "
+            "documents; about half: 0.4 to 0.6",
             dark_at(site, "vector_r2"),
             (0.4, 0.6),
             "08_scope_dark",
@@ -672,7 +686,8 @@ scope_claims = [
         "D14g",
         "Dark matter",
         "At a fixed L0 the nonlinear error hardly depends on the width (second-hand).",
-        f"FVU_nl at width {widest[main]} over that at {widths[0]}, L0 = {target_l0:g}, ends of two intervals, apart; hardly: "
+        f"FVU_nl at width {widest[main]} over that at {widths[0]}, L0 = {target_l0:g}, ends of two "
+        "intervals, apart; hardly: "
         "up to a tenth",
         nonlinear_by_width(),
         (0.9, 1 / 0.9),

@@ -338,7 +338,8 @@ claims = [
         "I3",
         "ours",
         "Frequent latents are harder to explain.",
-        "correlation of explanations, latents above 10 % − others, all architectures, latents of the sample counting alike",
+        "correlation of explanations, latents above 10 % − others, all architectures, latents of "
+        "the sample counting alike",
         interp.difference(frequent, "frequent", "other", "correlation", draws),
         (-everything, 0),
         "09_interp_bands",
@@ -362,7 +363,8 @@ claims = [
     claim(
         "J16a",
         "ours",
-        "A few latents carry a concept: without eight of them the log-odds of an answer fall by a nat.",
+        "A few latents carry a concept: without eight of them the log-odds of an answer fall by a "
+        "nat.",
         "fall of the log-odds, nats, 8 latents by attribution, JumpReLU",
         edit_at("fall", 8),
         (1, everything),
@@ -372,7 +374,8 @@ claims = [
         "J16b",
         "ours",
         "They are the ones that attribution names, not any eight that are active.",
-        "fall of the log-odds, nats, 8 latents by attribution − 8 at random, ends of two intervals, apart, JumpReLU",
+        "fall of the log-odds, nats, 8 latents by attribution − 8 at random, ends of two "
+        "intervals, apart, JumpReLU",
         interpstudy.apart(edit_at("fall", 8), edit_at("fall", 8, "random")),
         (0, everything),
         "09_editing",
@@ -391,7 +394,8 @@ claims = [
             f"J16{letter}",
             "ours",
             f"Eight latents of JumpReLU carry more of a concept than eight of {other}.",
-            f"fall of the log-odds, nats, 8 latents by attribution, JumpReLU − {other}, ends of two intervals, apart",
+            f"fall of the log-odds, nats, 8 latents by attribution, JumpReLU − {other}, ends of "
+            "two intervals, apart",
             interpstudy.apart(edit_at("fall", 8), edit_at("fall", 8, "attribution", other)),
             (0, everything),
             "09_editing",

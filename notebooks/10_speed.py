@@ -71,7 +71,8 @@ speed = read_measured("benchmark.csv")
 machine = read_measured("benchmark.json")
 print(acts)
 print(
-    f"benchmark on {machine['cpu']} with {', '.join(machine['cpu_features'])}, {machine['threads']} threads"
+    f"benchmark on {machine['cpu']} with {', '.join(machine['cpu_features'])}, "
+    f"{machine['threads']} threads"
 )
 
 # %% [markdown]
@@ -95,7 +96,8 @@ first = speed[
 ].iloc[0]
 by_hand = steptime.arithmetic(first.d_in, first.d_sae, first.l0, first.entries)
 print(
-    f"FLOPs a token at d_in {first.d_in}, d_sae {first.d_sae}, L0 {first.l0:.0f}, |S| {first.entries:.0f} a token"
+    f"FLOPs a token at d_in {first.d_in}, d_sae {first.d_sae}, L0 {first.l0:.0f}, |S| "
+    f"{first.entries:.0f} a token"
 )
 print(by_hand.astype({"dense": int, "on_s": int}).to_string(index=False))
 total = by_hand[["dense", "on_s"]].sum()

@@ -11,19 +11,11 @@ from importlib.util import find_spec
 import pandas as pd
 import pytest
 import torch
-from companion.speed import benchmark, quality
-from companion.speed.benchmark import (
-    BASELINE,
-    COLUMNS,
-    FLOOR,
-    OURS,
-    QUICK_SIZES,
-    Pool,
-    Size,
-    System,
-)
+from companion.speed import benchmark, quality, trainers
+from companion.speed.benchmark import COLUMNS
 from companion.speed.peers import DISTRIBUTIONS, in_our_form, peer_trainer, version
-from companion.speed.quality import synthetic_activations
+from companion.speed.quality import OURS, synthetic_activations
+from companion.speed.trainers import BASELINE, FLOOR, QUICK_SIZES, Pool, Size, System
 
 from jumprelu.architectures import Trainee
 from jumprelu.files import read_json
@@ -75,7 +67,7 @@ def test_set_l0(architecture, pool):
     x = pool.x / pool.x.square().sum(-1).mean().sqrt()
     trainee = Trainee(16, TrainConfig(architecture, 64), torch.Generator().manual_seed(0))
     for target in (20, 5):
-        benchmark.set_l0(trainee, x, target)
+        trainers.set_l0(trainee, x, target)
         assert (
             trainee(x, 0.1).layout.per_token((trainee(x, 0.1).acts > 0).float())
         ).mean() == pytest.approx(target, rel=0.05)
@@ -83,7 +75,7 @@ def test_set_l0(architecture, pool):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_timed_steps_leave_the_state_as_it_is(dtype, pool):
-    trainer = benchmark.our_trainer(pool, SIZE, "jumprelu", dtype)
+    trainer = trainers.our_trainer(pool, SIZE, "jumprelu", dtype)
     before, entries = trainer.finish().sae, trainer.entries(pool.x[:32])
     for x in pool.x.split(32):
         trainer.step(x)
@@ -112,7 +104,7 @@ def test_turns_are_interleaved_on_the_same_batches():
 
 
 def test_the_floor_is_the_product_alone():
-    product = benchmark.encoder_product(SIZE, "bfloat16")
+    product = trainers.encoder_product(SIZE, "bfloat16")
     out = product(None)
     assert (
         out.shape == (32, 64)
@@ -126,7 +118,7 @@ def test_speed_table(pool):
     table = benchmark.speed_table(SIZE, pool, rounds=3, turn=1, memory=False)
     assert tuple(table.columns) == COLUMNS
     training = table[table.task == "train"].set_index(["system", "architecture", "dtype"])
-    assert set(benchmark.systems()) == {System(*key) for key in training.index if key[0] != FLOOR}
+    assert set(trainers.systems()) == {System(*key) for key in training.index if key[0] != FLOOR}
     ran = table[table.tokens_per_s.notna()]
     assert (ran.tokens_per_s_q1 <= ran.tokens_per_s).all() and (
         ran.tokens_per_s <= ran.tokens_per_s_q3
@@ -151,7 +143,7 @@ def test_speed_table(pool):
 def test_memory_is_that_of_the_steps(tmp_path):
     size = Size(64, 16384, 64, 8, "synthetic")
     pool = Pool(synthetic_activations(256, 64))
-    benchmark.warmed(pool, size, "jumprelu")
+    trainers.warmed(pool, size, "jumprelu")
     row = System(OURS, "jumprelu")
     used = benchmark.peak_memory([row], size, pool)[row]
     weights = 2 * 64 * 16384 * 4 / 2**20  # MiB; at least the moments come on top

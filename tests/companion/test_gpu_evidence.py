@@ -11,31 +11,19 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from companion.speed import gpu_evidence
-from companion.speed.gpu_evidence import (
-    FULL,
-    GEMMA_2_9B,
-    PARTS,
-    TINY,
-    WAYS,
-    dense,
-    entries_of,
-    floor_ms,
+from companion.speed import gpu_clock, gpu_evidence
+from companion.speed.gpu_clock import floor_ms, in_turns, peak_gb, stopwatch
+from companion.speed.gpu_evidence import PARTS, machine, main
+from companion.speed.gpu_kernels import measure_kernels, relative
+from companion.speed.gpu_pipeline import (
     flops_a_token,
-    in_turns,
-    machine,
-    main,
     measure_harvest,
-    measure_kernels,
     measure_run,
-    measure_step,
-    peak_gb,
-    planted,
     random_gemma,
     random_tokens,
-    relative,
-    stopwatch,
 )
+from companion.speed.gpu_sizes import FULL, GEMMA_2_9B, TINY
+from companion.speed.gpu_step import WAYS, dense, entries_of, measure_step, planted
 
 from jumprelu import kernels, sparse
 from jumprelu.files import read_json
@@ -116,7 +104,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.seconds = 100.0
-        monkeypatch.setattr(gpu_evidence, "now", lambda device: self.seconds)
+        monkeypatch.setattr(gpu_clock, "now", lambda device: self.seconds)
 
     def sleep(self, seconds):
         self.seconds += seconds

@@ -124,7 +124,8 @@ def splice_variants(
                 spliced[number].index_add_(0, owner, losses())
     if not count.sum() > 0:
         raise ValueError(
-            f"no position from {start} on has a next token to predict: rows have {tokens.ids.shape[1]} positions; "
+            f"no position from {start} on has a next token to predict: rows have "
+            f"{tokens.ids.shape[1]} positions; "
             "give longer rows or a smaller start"
         )
     used = count > 0

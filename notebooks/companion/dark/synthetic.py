@@ -6,7 +6,7 @@ known by name. Three things are added in known amounts, each as a share of the v
 
     x = s + noise                          "input": dense noise, which no dictionary has atoms for
     x̂ = s − Σ fᵢdᵢ over some latents       "absent": features that the SAE has not learned
-    x̂ = s + noise                          "output": what a poor encoder introduces, and x knows nothing of
+    x̂ = s + noise                          "output": of a poor encoder; x knows nothing of it
 
 and the error x − x̂ is split as a real one (:mod:`jumprelu.dark.darkmatter`). Source: Engels et al.
 2024, whose synthetic setup adds noise to the input and to the reconstruction; absent features are
@@ -68,7 +68,8 @@ def truth(acts: Activations, sae: SAE, parts: Split, tokens: int) -> Truth:
     found = Truth(torch.cat(outputs), torch.cat(codes).coalesce(), torch.cat(folds))
     if not (found.fold < 0).any() or len(found.fold[found.fold >= 0].unique()) < 2:
         raise ValueError(
-            f"the first {tokens} tokens have no documents to test on, or too few to fit on: give more tokens"
+            f"the first {tokens} tokens have no documents to test on, or too few to fit on: give "
+            "more tokens"
         )
     return found
 

@@ -55,6 +55,15 @@ def statistic_at(
     return found
 
 
+def difference(
+    one: Callable[[torch.Tensor], torch.Tensor],
+    other: Callable[[torch.Tensor], torch.Tensor],
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """One statistic minus another, on the same weights of documents; [draws]."""
+    return one(weights) - other(weights)
+
+
 def _between(
     statistic: Statistic, tests: Sequence[Any], place: float, weights: torch.Tensor
 ) -> torch.Tensor:

@@ -36,14 +36,14 @@ def plan(
     hold a share of the latents each and see every token. S = l0 + window entries a token are active
     or within the bandwidth of θ. Per step:
 
-        encode       2·d_in·d_sae·batch / (N·matmul_rate)          every pre-activation, in bf16
-        weights      26·P / (N·memory_rate)                        bytes: write the gradient (4); Adam with β₁ = 0 reads gradient,
-                                                                   weight and second moment and
-                                                                   writes the two (20); bf16 copy
-                                                                   (2)
-        entries      4·S·d_in·batch / (N·memory_rate)              rows of W_dec in bf16, read for x̂ and for gradients of f
-        exchange     8·(N − 1)/N·d_in·batch / rate                 all-reduce of x̂ in float32
+        encode       2·d_in·d_sae·batch / (N·matmul_rate)
+        weights      26·P / (N·memory_rate)
+        entries      4·S·d_in·batch / (N·memory_rate)
+        exchange     8·(N − 1)/N·d_in·batch / rate
 
+    encode: every pre-activation, in bf16. weights, bytes: write the gradient (4); Adam with β₁ = 0
+    reads gradient, weight and second moment and writes the two (20); bf16 copy (2). entries: rows
+    of W_dec in bf16, read for x̂ and for gradients of f. exchange: all-reduce of x̂ in float32. The
     parts are added, none hidden behind another. Memory: 14·P + 2·batch·d_sae bytes over N. Disk:
     bf16 activations. Harvest: 2·lm_parameters·lm_share FLOPs a token, at lm_efficiency of
     matmul_rate.

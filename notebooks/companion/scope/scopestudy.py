@@ -62,7 +62,8 @@ def choose(
                     ]
                     if n == layer and width == widths[0] and some.empty:
                         raise FileNotFoundError(
-                            f"{source} has no SAE in {folder}: choose layer and widths of those that "
+                            f"{source} has no SAE in {folder}: choose layer and widths of those "
+                            "that "
                             "jumprelu.exchange.gemma_scope.available lists"
                         )
                     if len(l0s) and len(some):

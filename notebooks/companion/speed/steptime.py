@@ -46,7 +46,7 @@ def arithmetic(d_in: int, d_sae: int, l0: float, entries: float) -> pd.DataFrame
     )
 
 
-PARTS = {
+FUNCTIONS_OF = {
     "search": ("sparse.screen", "sparse._positions", "sparse._bf16", "sparse._chunks"),
     "work on S": (
         "sparse.dots",
@@ -70,7 +70,9 @@ PARTS = {
 def part_of(function: str, call: str) -> str:
     if (function, call) == ("sparse.screen", "mm"):
         return "encoder matmul"
-    return next((part for part, functions in PARTS.items() if function in functions), "all else")
+    return next(
+        (part for part, functions in FUNCTIONS_OF.items() if function in functions), "all else"
+    )
 
 
 def profile_step(state: _State, batches: Sequence[torch.Tensor]) -> pd.DataFrame:
@@ -87,7 +89,7 @@ def profile_step(state: _State, batches: Sequence[torch.Tensor]) -> pd.DataFrame
     for x in batches:
         _advance(state, x, False)
     profiler.disable()
-    package = str(Path(__file__).parent)
+    package = str(Path(sparse.__file__).parent)
     seconds: dict[tuple[str, str], float] = {("autograd", ""): 0.0}
     for (file, _, name), (_, _, own, _, callers) in pstats.Stats(profiler).stats.items():
         inside = file.startswith(package)

@@ -1,8 +1,8 @@
 """What the bandwidth costs on Gaussian inputs: bias and noise of the straight-through gradient.
 
 Notable here:
-- the bias is exact (theorem.py) and only the variance is sampled. on_activations.py does the same on
-  real activations.
+- the bias is exact (theorem.py) and only the variance is sampled. on_activations.py does the same
+  on real activations.
 - kernels are compared at an equal standard deviation, not only at an equal ε, which means different
   amounts of smoothing.
 """
@@ -21,14 +21,7 @@ from tqdm import tqdm
 from jumprelu.estimators import KERNELS, REACH, kernel
 from jumprelu.intervals import mean_interval
 
-from .theorem import (
-    Coder,
-    Gaussian,
-    exact_gradient,
-    expected_estimate,
-    influence,
-    ste_gradients,
-)
+from .theorem import Coder, Gaussian, exact_gradient, expected_estimate, influence, ste_gradients
 
 if TYPE_CHECKING:
     pass
@@ -188,7 +181,8 @@ def best_bandwidths(
             best, least, at = least_point(width, error)
             if at in (0, len(width) - 1):
                 raise ValueError(
-                    f"the best bandwidth of {estimator} for batches of {batch_size} is on the edge of the grid, "
+                    f"the best bandwidth of {estimator} for batches of {batch_size} is on the edge "
+                    "of the grid, "
                     f"{math.exp(width[at]):.3g}: extend kernel_sds on that side"
                 )
             rows.append((estimator, repeat, batch_size, math.exp(best), math.exp(least)))

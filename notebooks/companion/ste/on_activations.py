@@ -11,6 +11,7 @@ Notable here:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable
@@ -26,10 +27,7 @@ from jumprelu.intervals import jackknife, leave_one_out, mean_interval, squared_
 from jumprelu.sae import SAE, check_autoencoder
 
 from .bandwidth import least_point
-from .theorem import (
-    Coder,
-    parts,
-)
+from .theorem import Coder, worth_terms
 
 if TYPE_CHECKING:
     from jumprelu.activations import Activations
@@ -75,7 +73,7 @@ def measure_gradients(
     bandwidths = list(bandwidths)
     tables = []
     for b, x in enumerate(tqdm(batches, desc="gradients")):
-        z, on, without, norms = parts(coder, x)
+        z, on, without, norms = worth_terms(coder, x)
         to_f = (
             -2 * (without - z * on * norms)[:, latents]
         )  # ∂‖x − x̂‖²/∂f_i, the same for every bandwidth
@@ -129,7 +127,8 @@ def gradients_on(
     bandwidths = list(bandwidths)
     if len(acts) < (batches + 1) * batch_size:
         raise ValueError(
-            f"{batches} batches of {batch_size} and one to choose latents by need {(batches + 1) * batch_size} "
+            f"{batches} batches of {batch_size} and one to choose latents by need "
+            f"{(batches + 1) * batch_size} "
             f"activations, got {len(acts)}: harvest more, or ask for fewer or smaller batches"
         )
     if isinstance(acts, torch.Tensor):
@@ -181,13 +180,15 @@ def _reference_gradient(measured: pd.DataFrame, reference: float) -> np.ndarray:
     or all zero."""
     if reference not in set(measured.bandwidth):
         raise ValueError(
-            f"no measurement at bandwidth {reference}, only at {sorted(measured.bandwidth.unique())}: "
+            f"no measurement at bandwidth {reference}, only at "
+            f"{sorted(measured.bandwidth.unique())}: "
             "choose one of these as the reference"
         )
     gradient = _by_batch(measured, reference, "difference")
     if not gradient.any():
         raise ValueError(
-            f"at bandwidth {reference} no pre-activation was in the window of any measured latent: choose a wider "
+            f"at bandwidth {reference} no pre-activation was in the window of any measured latent: "
+            "choose a wider "
             "reference, more batches or larger ones"
         )
     return gradient
@@ -253,7 +254,8 @@ def gradients_along(
     bandwidths = list(bandwidths)
     if not sae_by_share or set(sae_by_share) != set(sparsity_by_share):
         raise ValueError(
-            f"SAEs of shares {sorted(sae_by_share)} of a run, but a sparsity for {sorted(sparsity_by_share)}: "
+            f"SAEs of shares {sorted(sae_by_share)} of a run, but a sparsity for "
+            f"{sorted(sparsity_by_share)}: "
             "give both for the same shares, and at least one"
         )
     tables = []
@@ -346,11 +348,8 @@ def best_along(measured: pd.DataFrame, reference: float, averaged: float = 1.0) 
             [_by_batch(one, width, "ste") for width in widths], axis=1
         )  # [batches, bandwidths, latents]
 
-        found = jackknife(
-            leave_one_out(
-                lambda *samples: _log_least(*samples, widths, averaged)[0], estimates, gradient
-            )
-        )
+        log_best = functools.partial(_log_best, widths=widths, averaged=averaged)
+        found = jackknife(leave_one_out(log_best, estimates, gradient))
         _, least, at = _log_least(estimates, gradient, widths, averaged)
         low = math.nan if at == 0 else math.exp(found.low)
         high = math.nan if at == len(widths) - 1 else math.exp(found.high)
@@ -358,6 +357,13 @@ def best_along(measured: pd.DataFrame, reference: float, averaged: float = 1.0) 
             (share, math.exp(found.mean), low, high, at in (0, len(widths) - 1), math.exp(least))
         )
     return pd.DataFrame(rows, columns=["share", "best", "best_low", "best_high", "edge", "least"])
+
+
+def _log_best(
+    estimates: np.ndarray, gradient: np.ndarray, widths: np.ndarray, averaged: float
+) -> float:
+    """The first of what :func:`_log_least` returns."""
+    return _log_least(estimates, gradient, widths, averaged)[0]
 
 
 def _log_least(

@@ -1,7 +1,9 @@
 """Where the straight-through estimator comes from: the theorem behind it, checked by algebra and by
 counting.
 
-    L(x) = ‖x − x̂‖² + λ·L0        I_i = 2θ_i d_i·r₋ᵢ − θ_i²‖d_i‖²        ∂E[L]/∂θ_i = (E[I_i | π_i = θ_i] − λ)·p_i(θ_i)
+    L(x) = ‖x − x̂‖² + λ·L0
+    I_i = 2θ_i d_i·r₋ᵢ − θ_i²‖d_i‖²
+    ∂E[L]/∂θ_i = (E[I_i | π_i = θ_i] − λ)·p_i(θ_i)
 
 (Rajamanoharan et al. 2024, arXiv 2407.14435, the section on training.) π_i is a latent's
 pre-activation with density p_i, d_i its decoder row, r₋ᵢ the residual with latent i off. I_i is
@@ -96,7 +98,9 @@ def ste_gradients(
     return torch.autograd.grad(total, threshold)[0]
 
 
-class Parts(NamedTuple):
+class WorthTerms(NamedTuple):
+    """What :func:`worth_terms` returns."""
+
     z: torch.Tensor
     """Pre-activations, [n, d_sae]."""
     on: torch.Tensor
@@ -107,13 +111,13 @@ class Parts(NamedTuple):
     """‖d_i‖², [d_sae]."""
 
 
-def parts(coder: Coder, x: torch.Tensor) -> Parts:
+def worth_terms(coder: Coder, x: torch.Tensor) -> WorthTerms:
     """What the worth of each latent is made of, for inputs x [n, d_in]."""
     z = x @ coder.W_enc + coder.b_enc
     on = z > coder.threshold
     norms = coder.W_dec.square().sum(1)
     residual = x - (z * on) @ coder.W_dec - coder.b_dec
-    return Parts(z, on, residual @ coder.W_dec.T + z * on * norms, norms)
+    return WorthTerms(z, on, residual @ coder.W_dec.T + z * on * norms, norms)
 
 
 def influence(coder: Coder, x: torch.Tensor, exact: bool = True) -> torch.Tensor:
@@ -123,7 +127,7 @@ def influence(coder: Coder, x: torch.Tensor, exact: bool = True) -> torch.Tensor
     x̂) with the residual as it is, latent i on or off: what autograd sees. At π_i = θ_i and with
     H(0) = ½ the two are equal.
     """
-    z, on, without, norms = parts(coder, x)
+    z, on, without, norms = worth_terms(coder, x)
     theta = coder.threshold
     return (
         2 * theta * without - theta**2 * norms if exact else 2 * theta * (without - z * on * norms)

@@ -105,7 +105,8 @@ def document_groups(document: torch.Tensor, groups: int = 12) -> np.ndarray:
     names, rank = np.unique(document.numpy(), return_inverse=True)
     if len(names) < 3:
         raise ValueError(
-            f"expected rows of at least 3 documents, got {len(names)}: lower rows_per_document or read more rows"
+            f"expected rows of at least 3 documents, got {len(names)}: lower rows_per_document or "
+            "read more rows"
         )
     return rank * min(groups, len(names)) // len(names)
 

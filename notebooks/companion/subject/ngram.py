@@ -68,7 +68,8 @@ class NGram:
         least 1."""
         if order < 1 or len(symbols) == 0 or symbols.min() < 0 or symbols.max() >= vocab_size:
             raise ValueError(
-                f"expected order ≥ 1 and symbols in [0, {vocab_size}), got order {order} and {len(symbols)} symbols"
+                f"expected order ≥ 1 and symbols in [0, {vocab_size}), got order {order} and "
+                f"{len(symbols)} symbols"
                 + (f" in [{symbols.min()}, {symbols.max()}]" if len(symbols) else "")
             )
         self.vocab_size = vocab_size

@@ -53,8 +53,10 @@ def fingerprint_note(source: str) -> str:
     if found == recorded:
         return f"test split {found}: the recorded one"
     return (
-        f"warning: test split {found}, recorded {recorded}. Another version of Python or of a package is installed "
-        "here: numbers will differ a little. A document that moved or changed may have been trained on"
+        f"warning: test split {found}, recorded {recorded}. Another version of Python or of a "
+        "package is installed "
+        "here: numbers will differ a little. A document that moved or changed may have been "
+        "trained on"
     )
 
 

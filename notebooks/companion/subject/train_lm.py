@@ -152,10 +152,14 @@ def heldout_loss(model: torch.nn.Module, ids: torch.Tensor, batch_rows: int = 16
 def training_rows(config: LMConfig, work: Path):
     """Tokenizer, training rows as int32 [n_rows, context_size], validation rows; made once, then
     read back."""
-    folder = (
-        work
-        / f"tokens-{digest(config.source, config.vocab_size, config.context_size, config.pool_tokens, config.seed)}"
+    request = (
+        config.source,
+        config.vocab_size,
+        config.context_size,
+        config.pool_tokens,
+        config.seed,
     )
+    folder = work / f"tokens-{digest(*request)}"
     if not (folder / "done").exists():
         texts = load_texts(config.source, "train")
         tokenizer = train_tokenizer(texts, config.vocab_size)
@@ -214,7 +218,8 @@ def train_lm(
     steps = config.tokens // (config.batch_rows * config.context_size)
     if steps * config.batch_rows > len(train):
         raise ValueError(
-            f"{config.tokens} training tokens were asked for, the pool has {train.numel()}: lower tokens, or raise "
+            f"{config.tokens} training tokens were asked for, the pool has {train.numel()}: lower "
+            "tokens, or raise "
             "pool_tokens (a small corpus may not have as many)"
         )
     first, log, seconds = 0, [], 0.0
@@ -268,7 +273,8 @@ def train_lm(
             }
             if not math.isfinite(entry["train_loss"]):
                 raise FloatingPointError(
-                    f"the loss is {entry['train_loss']} at step {step + 1}: lower lr and start again"
+                    f"the loss is {entry['train_loss']} at step {step + 1}: lower lr and start "
+                    "again"
                 )
             if (step + 1) % 250 == 0 or step + 1 == steps:
                 entry["heldout_loss"] = heldout_loss(model, heldout)

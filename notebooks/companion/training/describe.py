@@ -34,7 +34,6 @@ DESCRIPTORS = (
 )
 """What :func:`describe_latents` says of a latent, beside its frequency."""
 
-
 MOST_SUMS = 2**28
 """Sums over groups, groups × latents, that are held at most: 2 GiB for each way to group."""
 
@@ -87,14 +86,16 @@ class LatentSums:
         latents = torch.arange(d_sae) if latents is None else latents.cpu().long()
         if latents.ndim != 1 or not len(latents) or not 0 <= latents.min() <= latents.max() < d_sae:
             raise ValueError(
-                f"latents must be numbers from 0 to {d_sae - 1} in one dimension, got {latents.tolist()}"
+                f"latents must be numbers from 0 to {d_sae - 1} in one dimension, got "
+                f"{latents.tolist()}"
             )
         if len(latents.unique()) < len(latents):
             raise ValueError("latents names a latent twice: give latents.unique()")
         most = max(groups.values())
         if most * len(latents) > MOST_SUMS:
             raise ValueError(
-                f"{most} groups × {len(latents)} latents are more sums than the {MOST_SUMS} held at once: describe "
+                f"{most} groups × {len(latents)} latents are more sums than the {MOST_SUMS} held "
+                "at once: describe "
                 f"some of them, describe_latents(..., latents=...), at most {MOST_SUMS // most}"
             )
 

@@ -85,7 +85,8 @@ def frequency_histogram(
     lowest = min((math.log10(f.min()) for f in alive if len(f)), default=None)
     if lowest is None:
         raise ValueError(
-            f"no latent of {', '.join(frequencies) or 'any architecture'} ever fires: there is no frequency to show"
+            f"no latent of {', '.join(frequencies) or 'any architecture'} ever fires: there is no "
+            "frequency to show"
         )
     number = 1 - math.ceil(lowest * bins - 1e-6)
     middles = (np.arange(number) + 0.5 - number) / bins
@@ -191,7 +192,8 @@ def values_at(
     runs = table[table.architecture == architecture]
     if runs.empty:
         raise ValueError(
-            f"no runs of {architecture!r}: the table has {', '.join(map(str, table.architecture.unique()))}"
+            f"no runs of {architecture!r}: the table has "
+            f"{', '.join(map(str, table.architecture.unique()))}"
         )
     return pd.Series(
         {seed: _share_at(rows, l0, metric) for seed, rows in runs.groupby("seed")}, dtype=float
@@ -212,7 +214,8 @@ def beside_reference(
     missing = sorted(set(table.seed) - set(frontiers))
     if missing:
         raise ValueError(
-            f"no reference runs of seed {', '.join(map(str, missing))}: train the reference with these seeds too"
+            f"no reference runs of seed {', '.join(map(str, missing))}: train the reference with "
+            "these seeds too"
         )
     return pd.Series(
         [

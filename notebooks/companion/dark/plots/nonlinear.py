@@ -144,7 +144,8 @@ def dark_harm(data: pd.DataFrame) -> Figure:
     axes[0].axline((0, 0), slope=1, color=GREY, linewidth=0.9, linestyle=":")
     axes[0].set(
         xlabel="size: share of the squared error",
-        ylabel="harm: share of the rise in cross-entropy,\nmean of missing alone and restored alone",
+        ylabel="harm: share of the rise in cross-entropy,\n"
+        "mean of missing alone and restored alone",
         xlim=_limits(size, (), -0.5, 1.5),
         ylim=_limits(harm, (), -0.5, 2),
     )

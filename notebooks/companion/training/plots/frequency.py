@@ -15,7 +15,6 @@ from ...rails.looks import ARCHITECTURES, architecture_look, error_bars
 
 use_style()
 
-
 BOUNDS = (0.01, 0.1)
 """Frequencies above which papers count latents: 1 % and 10 % of tokens."""
 
