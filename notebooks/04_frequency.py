@@ -251,7 +251,7 @@ save_figure("04", plots.dead_latents, dead)
 # **What is computed.** For the JumpReLU run of each seed nearest to `matched_l0`, latents in bands
 # of frequency: the mean of each descriptor within the band, then mean and 95 % t-interval over
 # seeds, n latents in all. "Variance explained" is corrected for the number of groups, so that 0 is
-# chance (`companion.training.frequency`).
+# chance (`companion.training.describe`).
 
 # %%
 chosen = near.index[near.architecture == "JumpReLU"]

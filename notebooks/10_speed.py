@@ -108,7 +108,7 @@ print(f"dense over sparse: {total.dense / total.on_s:.1f}")
 # parameter and step in float32. At β₁ = 0, the papers' choice, the first moment *is* the gradient,
 # so the gradient's memory serves as its own: 24 bytes, and half the optimiser's state. The atoms'
 # projection and renormalisation would go over them again; here they are done block by block in the
-# same pass (`optim.py`).
+# same pass (`jumprelu.optim`).
 #
 # ## The same step
 #
@@ -288,7 +288,7 @@ save_figure("10", plots.equal_tokens, quality)
 
 # %% [markdown]
 # Where a peer's runs and ours overlap in L0, the two frontiers are compared, seed by seed: the
-# geometric mean of the ratio of their FVU over that range (`frontier.py`). "recommended" and
+# geometric mean of the ratio of their FVU over that range (`companion.rails.frontier`). "recommended" and
 # "paper" are the library's and the paper's settings, "adapted" has constants for so short a run, as
 # ours do.
 
