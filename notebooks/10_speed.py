@@ -288,9 +288,9 @@ save_figure("10", plots.equal_tokens, quality)
 
 # %% [markdown]
 # Where a peer's runs and ours overlap in L0, the two frontiers are compared, seed by seed: the
-# geometric mean of the ratio of their FVU over that range (`companion.rails.frontier`). "recommended" and
-# "paper" are the library's and the paper's settings, "adapted" has constants for so short a run, as
-# ours do.
+# geometric mean of the ratio of their FVU over that range (`companion.rails.frontier`).
+# "recommended" and "paper" are the library's and the paper's settings, "adapted" has constants for
+# so short a run, as ours do.
 
 # %%
 matched = []
