@@ -15,7 +15,7 @@ what latents mean, dark/ what SAEs miss.
 from .activations import Activations, open_activations
 from .corpus import Tokens, load_texts, tokenize
 from .estimators import jump_relu, step
-from .exchange.gemma_scope import load_sae
+from .exchange.loading import load_sae
 from .harvest import harvest
 from .lm import LM, load_lm
 from .metrics import Report, evaluate

@@ -23,6 +23,7 @@ from .files import digest, read_json, sha256, tensor_digest, write_json, write_t
 
 FORMAT = 1
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
+PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle"}
 
 
 class Origin(NamedTuple):
@@ -240,7 +241,7 @@ class SAE(torch.nn.Module):
         that was cut off, or weights and configuration that are not of one save.
         """
         folder = Path(folder)
-        if folder.is_file() and folder.suffix in {".pt", ".pth", ".bin", ".pkl", ".pickle"}:
+        if folder.is_file() and folder.suffix in PICKLES:
             raise ValueError(
                 f"{folder} is a pickle, which can run code when it is opened: refused. Expected a folder with "
                 f"{WEIGHTS} and {CONFIG}; convert the file where it came from"

@@ -17,7 +17,7 @@
 # Gemma Scope (Lieberum et al. 2024) is a release of several hundred JumpReLU SAEs on all layers and
 # three sites of Gemma 2, with an evaluation of what they cost the model, by site, layer, width,
 # position and kind of text. This notebook evaluates a release in the same way, reading it through
-# the loader of this package (`jumprelu.exchange.gemma_scope`). Without weights of Gemma 2 at hand,
+# the loader of this package (`jumprelu.exchange.loading`). Without weights of Gemma 2 at hand,
 # the default profile trains a small scope on the embedded model and writes it in Gemma Scope's
 # layout; under the profiles `gemma-2-2b` and `gemma-2-9b`, the same cells read the released files.
 # Nothing else differs: a profile is a file of parameters.

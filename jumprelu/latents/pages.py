@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 
 from ..corpus import load_texts, tokenize
-from ..exchange.gemma_scope import load_sae
+from ..exchange.loading import load_sae
 from ..files import write_text
 from ..lm import EMBEDDED, LM, load_lm
 from ..sae import SAE

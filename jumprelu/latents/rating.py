@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from ..corpus import Tokens, load_texts, tokenize
-from ..exchange.gemma_scope import load_sae
+from ..exchange.loading import load_sae
 from ..files import digest, sha256, write_json, write_text
 from ..lm import EMBEDDED, LM, load_lm
 from ..sae import SAE

@@ -11,7 +11,8 @@ import torch
 
 from jumprelu.architectures import Trainee
 from jumprelu.exchange.convert import convert
-from jumprelu.exchange.formats import examine, read, write
+from jumprelu.exchange.formats import examine, write
+from jumprelu.exchange.loading import load_sae
 from jumprelu.recipe import TrainConfig
 from jumprelu.sae import Origin
 
@@ -107,7 +108,7 @@ def test_saelens_loads_what_we_write(architecture, x, tmp_path):
     assert_close(acts, sae.encode(x))
     assert_close(theirs.decode(acts), sae.decode(acts))
     assert theirs.W_enc.shape == sae.W_enc.shape and theirs.dtype == torch.float32
-    assert read(tmp_path).origin == sae.origin
+    assert load_sae(tmp_path).origin == sae.origin
 
 
 def test_saelens_takes_the_heads_of_attn_out_apart(x, tmp_path):
@@ -193,18 +194,18 @@ def test_we_read_what_saelens_has_in_training(kind, scaled, x, tmp_path):
         scaler = lens.training.activation_scaler.ActivationScaler()
         scaler.estimate_scaling_factor(D_IN, iter([x]), 1)
         with pytest.raises(ValueError, match="activation_scaler.json"):
-            read(tmp_path / "training")
+            load_sae(tmp_path / "training")
         scaler.save(str(tmp_path / "training/activation_scaler.json"))
         theirs.fold_activation_norm_scaling_factor(scaler.scaling_factor)
     theirs.save_inference_model(tmp_path / "inference")
     inference = lens.SAE.load_from_disk(tmp_path / "inference")
     acts = inference.encode(x)
     for name in ("training", "inference"):
-        check(read(tmp_path / name), x, inference.decode(acts), acts, same_units=False)
-    assert read(tmp_path / "training").origin.architecture == kind.split()[0].replace(
+        check(load_sae(tmp_path / name), x, inference.decode(acts), acts, same_units=False)
+    assert load_sae(tmp_path / "training").origin.architecture == kind.split()[0].replace(
         "standard", "relu"
     )
-    assert read(tmp_path / "inference").origin.architecture == kind.split()[0].replace(
+    assert load_sae(tmp_path / "inference").origin.architecture == kind.split()[0].replace(
         "standard", "relu"
     )
 
@@ -225,7 +226,7 @@ def test_dictionary_learning_loads_what_we_write(architecture, x, tmp_path):
     acts = theirs.encode(x)
     assert_close(acts, sae.encode(x))
     assert_close(theirs.decode(acts), sae.decode(acts))
-    assert read(tmp_path).origin == sae.origin
+    assert load_sae(tmp_path).origin == sae.origin
 
 
 CLASSES = {
@@ -298,7 +299,7 @@ def test_sparsify_loads_what_we_write(x, tmp_path):
     acts, reconstruction = dense(theirs, x)
     assert_close(acts, sae.encode(x))
     assert_close(reconstruction, sae(x))
-    assert read(tmp_path).origin == sae.origin and theirs.num_latents == D_SAE
+    assert load_sae(tmp_path).origin == sae.origin and theirs.num_latents == D_SAE
 
 
 def test_we_read_what_sparsify_saves(x, tmp_path):
@@ -306,7 +307,7 @@ def test_we_read_what_sparsify_saves(x, tmp_path):
     theirs = shaken(sparsify.SparseCoder(D_IN, sparsify.SparseCoderConfig(num_latents=D_SAE, k=K)))
     theirs.save_to_disk(folder)
     acts, reconstruction = dense(theirs, x)
-    sae = read(folder)
+    sae = load_sae(folder)
     assert sae.k == K and sae.origin[1:3] == ("resid_post", 6)
     check(sae, x, reconstruction, acts)
 
@@ -319,7 +320,7 @@ def test_other_coders_of_sparsify_are_refused(options, tmp_path):
         D_IN, sparsify.SparseCoderConfig(num_latents=D_SAE, **options)
     ).save_to_disk(tmp_path)
     with pytest.raises(ValueError, match=next(iter(options))):
-        read(tmp_path)
+        load_sae(tmp_path)
 
 
 # ---- Llama Scope, as SAELens reads it, and chains
@@ -373,7 +374,7 @@ def test_we_read_llama_scope_as_saelens_does(x, tmp_path, monkeypatch):
     theirs.load_state_dict(state)
     theirs.fold_activation_norm_scaling_factor(D_IN**0.5 / average)
     acts = theirs.encode(x)
-    sae = read(tmp_path)
+    sae = load_sae(tmp_path)
     assert sae.origin == Origin(None, "resid_post", 3, "jumprelu")
     torch.testing.assert_close(sae.threshold, torch.full((D_SAE,), 4.0))
     check(sae, x, theirs.decode(acts), acts, same_units=False)

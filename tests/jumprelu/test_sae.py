@@ -208,7 +208,7 @@ def test_what_needs_an_autoencoder_refuses_a_transcoder(tmp_path):
         lambda: on_activations.normalised(coder),
         lambda: editing.editing_table(lm, {"it": [coder]}, tokens),
         lambda: darkmatter.decompose(acts, {"it": coder}, darkmatter.split(acts)),
-        lambda: formats.read(tmp_path / "coder"),
+        lambda: formats.examine(tmp_path / "coder"),
         lambda: formats.write(coder, tmp_path / "other", "saelens"),
     ):
         with pytest.raises(ValueError, match="a transcoder"):

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from jumprelu.corpus import Tokens
 from jumprelu.dark.darkmatter import HeldOut, decompose, split
-from jumprelu.exchange.gemma_scope import available, load_sae, path_for
+from jumprelu.exchange.gemma_scope import available, path_for
+from jumprelu.exchange.loading import load_sae
 from jumprelu.intervals import Interval, bootstrap, over_seeds
 from jumprelu.lm import LM
 from jumprelu.metrics import Report, evaluate_many

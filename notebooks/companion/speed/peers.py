@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from jumprelu.exchange.formats import Parts, fold
+from jumprelu.exchange.parts import Parts, fold
 from jumprelu.sae import SAE, Origin
 
 DISTRIBUTIONS = {
