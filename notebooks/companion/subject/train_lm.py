@@ -38,9 +38,9 @@ from jumprelu.files import SUBJECT, cache_root, digest, read_json, write_json, w
 class LMConfig:
     """Size and training of the embedded model.
 
-    The defaults are those of the weights in `jumprelu/subject`, but for which rows of a document with
-    more than 64 are drawn: that was evened out after their run, so training again gives a model
-    like it and not the same one.
+    The defaults are those of the weights in `jumprelu/subject`, but for which rows of a document
+    with more than 64 are drawn: that was evened out after their run, so training again gives a
+    model like it and not the same one.
     """
 
     vocab_size: int = 4096
