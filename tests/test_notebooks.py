@@ -6,6 +6,7 @@ nbval skips whatever has no execution count, so `pytest --nbval` alone could pas
 
 from __future__ import annotations
 
+import pkgutil
 import platform
 import re
 from pathlib import Path
@@ -15,9 +16,8 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import yaml
-from companion.PLOTS import plots
 from companion.rails.closure import source_closure
-from companion.rails.figures import read_figure_data
+from companion.rails.figures import drawing_functions, read_figure_data
 from companion.rails.profiles import DEFAULT_PROFILE, Notebook, check_profile
 from companion.rails.reproduce import cells_of, data_files, measured_files
 from nbval.plugin import get_sanitize_patterns
@@ -27,6 +27,7 @@ from jumprelu.files import digest, sha256
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
 FIGURES = sorted((ROOT / "figures").glob("[0-9][0-9]_*.csv"))
+DRAWN = drawing_functions(ROOT)
 PROFILES = sorted(path.stem for path in (ROOT / "notebooks/profiles").glob("*.yaml"))
 ABSOLUTE = re.compile(
     r"(?<![\w.:/])/(?:home|root|tmp|work|Users|usr|opt|var|mnt|private)/|[A-Z]:\\\\"
@@ -132,7 +133,7 @@ def test_the_manifest_is_of_this_code(source):
 
 @pytest.mark.parametrize("csv", FIGURES, ids=lambda path: path.stem)
 def test_a_figure_can_be_drawn_again_from_its_numbers(csv):
-    figure = getattr(plots, csv.stem[3:])(read_figure_data(csv))
+    figure = pkgutil.resolve_name(DRAWN[csv.stem])(read_figure_data(csv))
     figure.canvas.draw()
     assert figure.axes and any(axes.has_data() for axes in figure.axes)
     plt.close("all")

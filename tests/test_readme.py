@@ -1,15 +1,33 @@
-"""README: its code runs as written, its tables list what there is."""
+"""README and the pages beside it: code runs as written, links lead somewhere, tables are whole."""
 
+from __future__ import annotations
+
+import pkgutil
 import re
 from pathlib import Path
 
-from companion.PLOTS import plots
+import pytest
+import yaml
+from companion.rails.figures import drawing_functions
+from companion.rails.results_pages import described, titles
 
 import jumprelu as jr
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "figures/README.md",
+    "figures/LEDGER.md",
+    "notebooks/profiles/README.md",
+]
+
+
+def test_it_is_read_in_five_minutes():
+    assert len(README.splitlines()) <= 250 and len(README.encode()) <= 20_000
+    assert len((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_the_code_runs_as_written(tmp_path, monkeypatch, capsys):
@@ -24,31 +42,61 @@ def test_the_code_runs_as_written(tmp_path, monkeypatch, capsys):
     assert names["threshold"].grad.abs().max() > 0
 
 
-def test_the_figure_table_is_complete():
-    row = r"^\| \[(\d\d_\w+)\]\(figures/\1\.png\) .* `plots\.(\w+)` \| \[csv\]\(figures/\1\.csv\)"
-    listed = re.findall(row, README, flags=re.MULTILINE)
-    assert sorted(name for name, _ in listed) == sorted(
-        path.stem for path in (ROOT / "figures").glob("*.png")
-    )
-    for name, function in listed:
-        assert name[3:] == function and callable(getattr(plots, function))
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    found = re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8"))
+    links = [link for link in found if not link.startswith("http")]
+    assert links
+    assert [link for link in links if not (path.parent / link).exists()] == []
 
 
-def test_links_lead_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
-    assert len(links) > 20
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "notebooks/profiles/README.md"])
+def test_files_that_are_named_exist(page):
+    """`jumprelu/kernels.py`, `tests/test_house.py`, …: a moved file moves here, too."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:jumprelu|notebooks|tests|figures)/[\w./-]+)`", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_profiles_and_api_are_listed():
+def test_every_notebook_is_listed():
+    table = README.split("<!-- notebooks -->")[1].split("<!-- /notebooks -->")[0]
+    listed = re.findall(r"\(notebooks/(\w+)\.ipynb\)", table)
+    assert listed == [stem for stem, _ in titles(ROOT).values()]
+
+
+def test_every_figure_is_drawn_by_a_function_that_says_what_it_shows():
+    drawn = drawing_functions(ROOT)
+    assert sorted(drawn) == sorted(path.stem for path in (ROOT / "figures").glob("*.png"))
+    page = (ROOT / "figures/README.md").read_text(encoding="utf-8")
+    for name, function in drawn.items():
+        assert callable(pkgutil.resolve_name(function))
+        module, _, plot = function.partition(":")
+        path = ROOT / "notebooks" / Path(*module.split(".")).with_suffix(".py")
+        shows, paper = described(path, plot)
+        assert shows and paper, f"{function} needs a docstring with a line 'Paper: …' (or none)"
+        assert f"| [{name}]({name}.png) | " in page
+
+
+def test_the_api_table_names_the_api():
+    table = README.split("| name | what it does |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| ([^|]+) \|", table, flags=re.MULTILINE)
+    shown = {name for row in rows for name in re.findall(r"`(\w+)", row)}
+    assert shown == set(jr.__all__)
+
+
+def test_every_profile_has_its_cost():
+    page = (ROOT / "notebooks/profiles/README.md").read_text(encoding="utf-8")
     profiles = {path.stem for path in (ROOT / "notebooks/profiles").glob("*.yaml")}
-    assert profiles == set(
-        re.findall(r"^\| `([\w.-]+)`(?: \(default\))? \| .*(?:CPU|GPU)", README, flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([\w.-]+)`[^|]* \|.*(?:measured|derived).*\|$", page, flags=re.MULTILINE
     )
-    table = README.split("## The API in one table")[1].split("##")[0]
-    shown = {
-        name
-        for row in re.findall(r"^\| ([^|]+) \|", table, flags=re.MULTILINE)
-        for name in re.findall(r"`(\w+)", row)
-    }
-    assert shown <= set(jr.__all__), shown - set(jr.__all__)
+    assert sorted(rows) == sorted(profiles)
+
+
+def test_the_citation_can_be_read():
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert found["cff-version"] == "1.2.0" and found["version"] == jr.__version__
+    cited = {reference["url"].rpartition("/")[2] for reference in found["references"]}
+    assert cited == {"2407.14435", "2408.05147", "2410.14670"}
+    assert all(f"arxiv.org/abs/{number}" in README for number in cited)

@@ -1,4 +1,4 @@
-"""The ledger of claims: verdicts by hand, tables that come back, and what is committed."""
+"""The ledger of claims: verdicts by hand, tables that come back, pages, and what is committed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from companion.rails import claims
+from companion.rails import claims, results_pages
 from companion.rails.claims import (
-    BEGIN,
-    END,
+    VERDICTS,
     claim,
     collect,
     ledger,
     main,
     read_claims,
-    readme_table,
     stale,
-    with_table,
     write_ledger,
 )
 from companion.rails.profiles import find_notebooks
@@ -127,7 +124,7 @@ def test_what_is_not_measured_needs_a_reason():
         ({"quantity": ""}, "quantity is empty"),
         ({"paper": ""}, "paper is empty"),
         ({"sentence": "two\nlines"}, "one line"),
-        ({"reason": END}, "without an HTML comment"),
+        ({"reason": "<!-- /claims -->"}, "without an HTML comment"),
         ({"id": "J 1"}, "short tag"),
         ({"figure": "size"}, "03_pareto"),
         ({"figure": ""}, "03_pareto"),  # what was measured can be shown
@@ -201,7 +198,57 @@ def test_claims_are_in_the_order_of_notebook_profile_and_part(folder, monkeypatc
     assert list(found.index) == list(range(7))
 
 
-def test_the_table_of_readme(folder, monkeypatch):
+# ---- pages
+
+HEADLINES = """
+claims:
+  J1:
+  J2: In other words.
+notebooks:
+  "03":
+    question: How large?
+    answer: "{J1} at {fact: rows} rows"
+"""
+README = """# Title
+<!-- notebooks -->
+<!-- /notebooks -->
+<!-- claims -->
+by hand
+<!-- /claims -->
+"""
+PLOTS = '''
+def size(data):
+    """How large it is.
+
+    Paper: JumpReLU, Figure 2.
+
+    data: columns a, b.
+    """
+'''
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout with one notebook, its plot and facts, headlines and a README; no claims yet."""
+    texts = {
+        "README.md": README,
+        results_pages.HEADLINES: HEADLINES,
+        "figures/03_facts.json": '{"rows": 7}',
+        "notebooks/companion/room/plots.py": PLOTS,
+        "notebooks/03_sizes.py": "# # Sizes\n"
+        "from companion.room import other, plots\n"
+        "from elsewhere import more\n"
+        'save_figure("03", plots.size, data)\n'
+        'save_figure("03", more.of_it, data)\n',
+    }
+    for name, text in texts.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+def test_the_ledger_page_has_every_claim_by_notebook(folder, monkeypatch):
     part(
         folder,
         monkeypatch,
@@ -213,92 +260,125 @@ def test_the_table_of_readme(folder, monkeypatch):
     part(folder / "gpu", monkeypatch, "03", "J1", reason="a comment")
     part(folder, monkeypatch, "04", "J2", interval=mean_interval([0.5]), reason="one seed")
     part(folder, monkeypatch, "05", "J3", interval=None, reason="too large", figure="")
-    assert readme_table(collect(folder)).splitlines() == [
-        "| id | paper | claim | measured: value [interval] | verdict | figure | profile |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+    page = results_pages.ledger_page(folder.parent, collect(folder), VERDICTS).splitlines()
+    rows = [line for line in page if line.startswith("| J")]
+    missing = "out of reach at this scale"
+    assert rows == [
         "| J1 | JumpReLU | a\\|b holds | size, units: 0.1235 [0.1, 12350] | reproduced | "
-        "[03_size](figures/03_size.png) | laptop |",
+        "[03_size](03_size.png) | laptop |",
         "| J1 | JumpReLU | It is positive. | size, units: 2 [1, 3] | reproduced: a comment | "
-        "[03_size](figures/gpu/03_size.png) | gpu |",
-        "| J2 | JumpReLU | It is positive. | size, units: 0.5, without an interval | out of reach at this scale: one seed | "
-        "[03_size](figures/03_size.png) | laptop |",
-        "| J3 | JumpReLU | It is positive. | size, units: not measured | out of reach at this scale: too large |  | laptop |",
+        "[03_size](gpu/03_size.png) | gpu |",
+        "| J2 | JumpReLU | It is positive. | size, units: 0.5, without an interval | "
+        f"{missing}: one seed | [03_size](03_size.png) | laptop |",
+        "| J3 | JumpReLU | It is positive. | size, units: not measured | "
+        f"{missing}: too large |  | laptop |",
+    ]
+    assert page[page.index(rows[2]) - 4].startswith("## 04 ")
+    counted = [line for line in page if re.match(r"\| (\d\d|all) \| (laptop|gpu|) \|", line)]
+    assert counted == [
+        "| 03 | laptop | 1 | 0 | 0 | 0 | 1 |",
+        "| 04 | laptop | 0 | 0 | 0 | 1 | 1 |",
+        "| 05 | laptop | 0 | 0 | 0 | 1 | 1 |",
+        "| 03 | gpu | 1 | 0 | 0 | 0 | 1 |",
+        "| all |  | 2 | 0 | 0 | 2 | 4 |",
     ]
 
 
 def test_only_what_is_between_the_markers_changes():
-    readme = f"# Title\n\n{BEGIN}\nedited by hand\n{END}\n\nmore\n"
-    once = with_table(readme, "| a |")
-    assert once == f"# Title\n\n{BEGIN}\n\n| a |\n\n{END}\n\nmore\n"
-    assert with_table(once, "| a |") == once
-    assert with_table(with_table(once, "| b |\n| c |"), "| a |") == once
+    once = results_pages.with_block(README, "claims", "| a |")
+    assert once == README.replace("by hand", "\n| a |\n")
+    assert results_pages.with_block(once, "claims", "| a |") == once
+    twice = results_pages.with_block(once, "claims", "| b |\n| c |")
+    assert results_pages.with_block(twice, "claims", "| a |") == once
+
+
+@pytest.mark.parametrize("text", ["none", "B", "E", "E B", "B B E", "B E E", "E B E"])
+def test_markers_must_be_there_once_and_in_order(text):
+    text = text.replace("B", "<!-- claims -->").replace("E", "<!-- /claims -->")
+    with pytest.raises(ValueError, match="each once and in this order"):
+        results_pages.with_block(text, "claims", "| a |")
+
+
+def test_readme_and_the_page_of_figures_are_made_of_results(checkout, folder, monkeypatch):
+    part(folder, monkeypatch, "03", "J1", "J2", interval=Interval(2.0, 1.23456, 3.0))
+    assert {path.name for path in write_ledger(checkout)} == {
+        "README.md",
+        "LEDGER.md",
+        "claims.csv",
+    }
+    readme = (checkout / "README.md").read_text()
+    assert "| [03 Sizes](notebooks/03_sizes.ipynb) | How large? | 2 [1.23, 3] at 7 rows |" in readme
+    rest = "size, units: 2 [1.23, 3] | reproduced | [03_size](figures/03_size.png) |"
+    assert f"| J1 | JumpReLU | It is positive. | {rest}" in readme
+    assert f"| J2 | JumpReLU | In other words. | {rest}" in readme and "by hand" not in readme
+    figures = (folder / "README.md").read_text()
     assert (
-        with_table(once, "")
-        == f"# Title\n\n{BEGIN}\n{END}\n\nmore\n"
-        == with_table(with_table(once, ""), "")
+        figures.count(".png") == 1
+        and (
+            "| [03_size](03_size.png) | How large it is | "
+            "[`room.plots.size`](../notebooks/companion/room/plots.py) | [csv](03_size.csv) | "
+            "JumpReLU, Figure 2 |"
+        )
+        in figures
     )
-    assert with_table("no markers\n", "") == "no markers\n"
+    (folder / "gpu").mkdir()
+    (folder / "gpu/03_facts.json").touch()
+    (folder / "gpu/03_size.png").touch()
+    assert write_ledger(checkout) == [folder / "README.md"]
+    assert "Of the profile gpu: [03_size](gpu/03_size.png)." in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
-    "readme",
+    ("old", "new", "message"),
     [
-        "none",
-        BEGIN,
-        END,
-        f"{END} {BEGIN}",
-        f"{BEGIN} {BEGIN} {END}",
-        f"{BEGIN} {END} {END}",
-        f"{END} {BEGIN} {END}",
+        ("  J1:", "  J9:", "the claim J9, which is in the ledger of the default profile 0 times"),
+        ("{J1}", "{J8}", "the claim J8"),
+        ("fact: rows", "fact: columns", "the fact 'columns'; the notebook's facts are rows"),
+        ('"03"', '"04"', "no question and answer for notebook 03"),
+        ("question:", "why:", "must have `claims`"),
+        ("claims:", "claim:", "must have `claims`"),
     ],
 )
-def test_markers_must_be_there_once_and_in_order(readme):
-    with pytest.raises(ValueError, match="each once and in this order"):
-        with_table(readme, "| a |")
+def test_headlines_that_results_do_not_have_are_refused(
+    checkout, folder, monkeypatch, old, new, message
+):
+    part(folder, monkeypatch, "03", "J1", "J2")
+    path = checkout / results_pages.HEADLINES
+    assert HEADLINES.count(old) == 1
+    path.write_text(HEADLINES.replace(old, new))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        write_ledger(checkout)
+    assert not (folder / "claims.csv").exists()
 
 
-def test_the_command_writes_checks_and_says_what_is_missing(tmp_path, folder, monkeypatch, capsys):
-    readme, table = tmp_path / "README.md", folder / "claims.csv"
+def test_the_command_writes_checks_and_says_what_is_missing(checkout, folder, monkeypatch, capsys):
+    readme, table = checkout / "README.md", folder / "claims.csv"
+    part(folder, monkeypatch, "03", "J1", "J2")
     readme.write_text("# Title\n")
-    assert (
-        main(["--check"], tmp_path) == main(["--readme"], tmp_path) == main([], tmp_path) == 0
-    )  # no parts, no markers
-    assert readme.read_text() == "# Title\n" and not table.exists()
-
-    part(folder, monkeypatch, "03", "J1")
     capsys.readouterr()
-    assert main(["--check"], tmp_path) == main(["--readme"], tmp_path) == 2
-    assert (
-        "README.md must have the lines <!-- claims -->" in capsys.readouterr().err
-        and not table.exists()
-    )
-    readme.write_text(f"# Title\n{BEGIN}\n{END}\n")
-    assert main(["--check"], tmp_path) == 1
-    assert not table.exists() and "| J1 |" not in readme.read_text()
-    assert main([], tmp_path) == 0
-    assert (
-        table.exists() and "| J1 |" not in readme.read_text() and main(["--check"], tmp_path) == 1
-    )
-    assert main(["--readme"], tmp_path) == main(["--check"], tmp_path) == 0
-    assert "| J1 |" in readme.read_text() and pd.read_csv(table).profile.tolist() == ["laptop"]
-    assert write_ledger(tmp_path, readme=True) == []
+    assert main(["--check"], checkout) == main([], checkout) == 2
+    assert "README.md must have the lines <!-- notebooks -->" in capsys.readouterr().err
+    assert not table.exists()
+    readme.write_text(README)
+    assert main(["--check"], checkout) == 1
+    assert not table.exists() and readme.read_text() == README
+    assert main([], checkout) == main(["--check"], checkout) == 0
+    assert "| J1 |" in readme.read_text() and pd.read_csv(table).profile.tolist() == ["laptop"] * 2
+    assert write_ledger(checkout) == []
 
-    table.write_text(table.read_text().replace("reproduced", "not reproduced"))  # by hand
-    readme.write_text(readme.read_text().replace("2 [1, 3]", "2 [1, 4]"))
+    ledger_page = folder / "LEDGER.md"
+    for path in (table, ledger_page, readme):  # by hand
+        path.write_text(path.read_text().replace("reproduced", "not reproduced"))
     capsys.readouterr()
-    assert main(["--check"], tmp_path) == 1
-    assert re.findall(r"^(\S+) is not", capsys.readouterr().out, re.MULTILINE) == [
-        "figures/claims.csv",
-        "README.md",
-    ]
-    assert set(write_ledger(tmp_path, readme=True)) == {table, readme} and stale(tmp_path) == []
+    assert main(["--check"], checkout) == 1
+    found = re.findall(r"^(\S+) is not", capsys.readouterr().out, re.MULTILINE)
+    assert found == ["figures/claims.csv", "figures/LEDGER.md", "README.md"]
+    assert set(write_ledger(checkout)) == {table, ledger_page, readme} and stale(checkout) == []
 
     (folder / "claims_03.csv").unlink()
-    assert (
-        main(["--readme"], tmp_path) == 0
-        and not table.exists()
-        and readme.read_text() == f"# Title\n{BEGIN}\n{END}\n"
-    )
+    (checkout / results_pages.HEADLINES).unlink()
+    assert main([], checkout) == 0
+    assert not table.exists() and not ledger_page.exists()
 
 
 def test_python_m_runs_it_without_a_warning():
@@ -311,11 +391,11 @@ def test_python_m_runs_it_without_a_warning():
         "--help",
     ]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "--readme" in shown.stdout and shown.stderr == ""
+    assert "--check" in shown.stdout and shown.stderr == ""
 
 
 def test_the_committed_ledger_is_what_the_parts_give():
-    assert stale(ROOT) == [], "run `python -m companion.rails.claims --readme`"
+    assert stale(ROOT) == [], "run `python -m companion.rails.claims`"
 
 
 MANIFESTS = sorted(ROOT.glob("figures/**/*.manifest.json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pkgutil
@@ -15,24 +16,41 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from companion.PLOTS import plots
 from companion.rails import figures
 from companion.rails.closure import source_closure
-from companion.rails.figures import read_figure_data, save_figure, show_facts
+from companion.rails.figures import (
+    drawing_functions,
+    read_figure_data,
+    save_figure,
+    show_facts,
+)
 from companion.rails.profiles import find_notebooks
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def lines(data: pd.DataFrame) -> plt.Figure:
-    """A function from data to figure, as those of plots."""
+LINES = """
+import matplotlib.pyplot as plt
+
+
+def lines(data):
     fig, ax = plt.subplots()
     for name in data["name"].unique():
         rows = data[data["name"] == name]
         ax.plot(rows["x"], rows["y"], label=name)
-    ax.set_title("T $\\theta$")
+    ax.set_title("T $\\\\theta$")
     ax.legend()
     return fig
+"""
+"""A module with a function from data to figure, as those of the companion."""
+
+
+@pytest.fixture
+def lines(tmp_path, monkeypatch):
+    (tmp_path / "drawn_here.py").write_text(LINES)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("drawn_here").lines
+    del sys.modules["drawn_here"]
 
 
 @pytest.fixture
@@ -46,7 +64,6 @@ def data():
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("JUMPRELU_FIGURES", str(tmp_path / "figures"))
-    monkeypatch.setattr(plots, "lines", lines, raising=False)
     return tmp_path / "figures"
 
 
@@ -54,44 +71,40 @@ def written(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_the_same_figure_is_the_same_bytes(folder, data):
-    fig = lines(data)
-    assert save_figure(fig, "07_lines", data) is fig
+def test_the_same_figure_is_the_same_bytes(folder, lines, data):
+    fig = save_figure("07", lines, data)
     assert not plt.fignum_exists(fig.number)  # closed, so that a notebook shows it once
     first = written(folder)
     assert set(first) == {"07_lines.pdf", "07_lines.png", "07_lines.csv"}
-    save_figure(lines(data), "07_lines", data)
+    save_figure("07", lines, data)
     assert written(folder) == first
-    save_figure(
-        lines(read_figure_data(folder / "07_lines.csv")),
-        "07_lines",
-        read_figure_data(folder / "07_lines.csv"),
-    )
+    save_figure("07", lines, read_figure_data(folder / "07_lines.csv"))
     again = written(folder)
     assert again["07_lines.csv"] == first["07_lines.csv"]
     assert b"CreationDate" not in again["07_lines.pdf"] and b"Software" not in again["07_lines.png"]
 
 
-def test_the_bytes_do_not_depend_on_the_process(tmp_path):
-    code = "import test_figures as t, pandas as pd; from jumprelu import plots; plots.lines = t.lines; "
-    code += "d = pd.DataFrame({'x': [0, 1], 'y': [0, .5], 'name': ['a', 'a']}); t.save_figure(t.lines(d), '07_lines', d)"
+def test_the_bytes_do_not_depend_on_the_process(tmp_path, lines):
+    code = "import pandas as pd; from companion.rails.figures import save_figure; "
+    code += "from drawn_here import lines; "
+    code += "data = pd.DataFrame({'x': [0, 1], 'y': [0, .5], 'name': ['a', 'a']}); "
+    code += "save_figure('07', lines, data)"
     seen = []
     for seed in ("1", "2"):
         folder = tmp_path / seed
-        path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
         settings = os.environ | {
             "PYTHONHASHSEED": seed,
             "JUMPRELU_FIGURES": str(folder),
             "MPLBACKEND": "Agg",
-            "PYTHONPATH": path,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
         subprocess.run([sys.executable, "-c", code], env=settings, check=True)
         seen.append(written(folder))
     assert seen[0] == seen[1]
 
 
-def test_the_csv_holds_six_digits_and_its_provenance(folder, data):
-    save_figure(lines(data), "07_lines", data)
+def test_the_csv_holds_six_digits_and_its_provenance(folder, lines, data):
+    save_figure("07", lines, data)
     path = folder / "07_lines.csv"
     assert path.read_text().startswith("# jumprelu data=")
     pd.testing.assert_frame_equal(read_figure_data(path), data, rtol=1e-5)
@@ -102,18 +115,22 @@ def test_the_csv_holds_six_digits_and_its_provenance(folder, data):
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "message"),
+    ("notebook", "change", "message"),
     [
-        ("lines", lambda d: d, "the notebook's number"),
-        ("07_nothing_draws_this", lambda d: d, "no function jumprelu.plots.nothing_draws_this"),
-        ("07_lines", lambda d: d.set_index("x"), "reset_index"),
-        ("07_lines", lambda d: d.assign(name="#1"), "must not contain '#'"),
+        ("lines", lambda d: d, "must be its number"),
+        ("07", lambda d: d.set_index("x"), "reset_index"),
+        ("07", lambda d: d.assign(name="#1"), "must not contain '#'"),
     ],
 )
-def test_what_could_not_be_drawn_again_is_refused(folder, data, name, change, message):
+def test_what_a_csv_cannot_hold_is_refused(folder, lines, data, notebook, change, message):
     with pytest.raises(ValueError, match=message):
-        save_figure(lines(data), name, change(data))
-    plt.close("all")
+        save_figure(notebook, lines, change(data))
+    assert not folder.exists()
+
+
+def test_what_could_not_be_drawn_again_is_refused(folder, data):
+    with pytest.raises(TypeError, match="lambdas|top level"):
+        save_figure("07", lambda data: plt.figure(), data)
     assert not folder.exists()
 
 
@@ -174,34 +191,55 @@ def test_what_the_benchmark_measured_is_read_from_the_checkout(tmp_path, monkeyp
     ) == {"threads": 2}
 
 
-# ---- the package plots ----
+# ---- which function draws which figure
 
 
-def test_a_figure_is_in_the_file_of_its_notebook():
-    files = {file.name for file in pkgutil.iter_modules(plots.__path__)}
-    assert not files & set(plots.__all__)  # a file would stand in the way of the function
-    for csv in sorted((ROOT / "figures").glob("[0-9][0-9]_*.csv")):
-        number, name = csv.stem.split("_", 1)
-        module = getattr(plots, name).__module__
-        assert name in plots.__all__ and module.startswith(f"jumprelu.plots.n{number}_"), (
-            f"{csv.stem} is drawn in {module}"
-        )
+def test_a_notebook_says_what_draws_its_figures(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks/07_light.py").write_text(
+        "from companion.room import tables, plots\n"
+        "from companion.room.drawn import bars as other\n"
+        "import helpers\n"
+        'save_figure("07", plots.size, data)\n'
+        'shown = save_figure("07", other.bars, data)\n'
+        'save_figure("07", helpers.size, data)\n'
+        "plots.size(data)\n"
+    )
+    assert drawing_functions(tmp_path) == {
+        "07_size": "companion.room.plots:size",
+        "07_bars": "companion.room.drawn.bars:bars",
+    }
+
+
+def test_a_figure_is_drawn_in_the_room_of_its_notebook():
+    drawn = drawing_functions(ROOT)
+    assert sorted(drawn) == sorted(path.stem for path in (ROOT / "figures").glob("*.png"))
+    notebooks = {}
+    for name, function in drawn.items():
+        module, _, plot = function.partition(":")
+        assert re.fullmatch(r"companion\.\w+\.plots(\.\w+)?", module), name
+        assert pkgutil.resolve_name(function).__module__ == module, f"{plot} is defined elsewhere"
+        notebooks.setdefault(module, set()).add(name[:2])
+    assert all(len(each) == 1 for each in notebooks.values()), notebooks
 
 
 @pytest.fixture
 def changed(tmp_path, monkeypatch):
     """changed(file, old, new): the notebooks whose code is another one after an edit in a copy of
-    the package."""
-    package = "companion"
+    the companion."""
+    package = "edited_companion"
     folder = tmp_path / package
-    shutil.copytree(ROOT / "jumprelu", folder, ignore=shutil.ignore_patterns("__pycache__", "lm"))
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "notebooks/companion", folder, ignore=ignored)
     monkeypatch.syspath_prepend(tmp_path)
     codes = {
-        each.number: re.sub(r"\bjumprelu\b", package, each.code()) for each in find_notebooks(ROOT)
+        each.number: re.sub(r"\bcompanion\b", package, each.code()) for each in find_notebooks(ROOT)
     }
 
     def closures():
-        return {number: source_closure(code, package) for number, code in codes.items()}
+        return {
+            number: source_closure(code, frozenset({package})) for number, code in codes.items()
+        }
 
     before = closures()
 
@@ -220,20 +258,15 @@ def changed(tmp_path, monkeypatch):
 
 
 def test_an_edited_figure_concerns_the_notebooks_that_show_it_and_no_other(changed):
-    shown = {
-        each.number: set(re.findall(r"\bplots\.(\w+)", each.code()))
-        for each in find_notebooks(ROOT)
-    }
-    for name in plots.__all__:
-        file = f"plots/{getattr(plots, name).__module__.rpartition('.')[2]}.py"
-        users = {number for number, names in shown.items() if name in names}
-        assert users and changed(file, f"def {name}(", f"def {name}(edited=True, *, ") == users, (
-            name
-        )
+    drawn = drawing_functions(ROOT)
+    last = {function.partition(":")[0]: name for name, function in drawn.items()}
+    for module, name in last.items():  # one figure a module: each takes a second
+        file = "/".join(module.split(".")[1:]) + ".py"
+        assert changed(file, f"def {name[3:]}(", f"def {name[3:]}(edited=True, *, ") == {name[:2]}
 
 
 def test_the_style_concerns_every_figure_and_a_shared_part_those_that_use_it(changed):
-    with_figures = {each.number for each in find_notebooks(ROOT) if "plots." in each.code()}
-    assert changed("figures.py", "plt.style.use(", "plt.style.use(*[], ") >= with_figures
-    users = changed("plots/common.py", "ax.margins(x=0.25)", "ax.margins(x=0.2)")
+    with_figures = {name[:2] for name in drawing_functions(ROOT)}
+    assert changed("rails/figures.py", "plt.style.use(", "plt.style.use(*[], ") >= with_figures
+    users = changed("rails/looks.py", "ax.margins(x=0.25)", "ax.margins(x=0.2)")
     assert "02" in users and not users & {"00", "01", "10"}

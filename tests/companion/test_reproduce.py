@@ -242,9 +242,8 @@ ledger("05", [claim("J1", "ours", "It is positive.", "size", seen, (0, float("in
 
 
 def test_claims_travel_with_the_figures_and_other_profiles_can_be_published(light, capsys):
-    source, readme = light / "notebooks/05_light.py", light / "README.md"
+    source, page = light / "notebooks/05_light.py", light / "figures/LEDGER.md"
     (light / "pyproject.toml").touch()  # a checkout
-    readme.write_text("<!-- claims -->\n<!-- /claims -->\n")
     profile(light, '"05": {mode: other}\n')
     assert main(["--publish", "--profile", "smoke"], light) == 2
     assert (
@@ -255,22 +254,22 @@ def test_claims_travel_with_the_figures_and_other_profiles_can_be_published(ligh
 
     source.write_text(LIGHT.replace("print(mode)", CLAIM))
     assert main([], light) == 0
-    assert "README.md: the claims are written again" in capsys.readouterr().out
+    assert "LEDGER.md: the claims are written again" in capsys.readouterr().out
     manifest = json.loads((light / "figures/05_light.manifest.json").read_text())
     assert (
         manifest["figures"] == {}
         and manifest["claims"] == reproduce.sha256(light / "figures/claims_05.csv")[:16]
     )
     first = tree(light)
-    assert {"figures/claims_05.csv", "figures/claims.csv"} < set(
-        first
-    ) and readme.read_text().count("| J1 |") == 1
-    readme.write_text(readme.read_text().replace("| J1 |", "| J2 |"))
+    assert {"figures/claims_05.csv", "figures/claims.csv"} < set(first) and page.read_text().count(
+        "| J1 |"
+    ) == 1
+    page.write_text(page.read_text().replace("| J1 |", "| J2 |"))
     assert main([], light) == 0
     printed = capsys.readouterr().out
     assert (
         "05_light: up to date" in printed
-        and "README.md: the claims" in printed
+        and "LEDGER.md: the claims" in printed
         and tree(light) == first
     )
 
@@ -289,17 +288,15 @@ def test_claims_travel_with_the_figures_and_other_profiles_can_be_published(ligh
     cost = json.loads((target / "costs.json").read_text())["05_light"]
     assert cost["threads"] == 2 and cost["device"] and cost["seconds"] > 0 and cost["peak_mb"] > 50
     assert (
-        readme.read_text().count("| J1 |") == 2
-        and "(figures/smoke/05_size.png) | smoke |" in readme.read_text()
+        page.read_text().count("| J1 |") == 2
+        and "(smoke/05_size.png) | smoke |" in page.read_text()
     )
 
     source.write_text(LIGHT)  # it claims nothing any more
     assert main(["--publish", "--profile", "smoke"], light) == 0
     assert "its source, code changed since it ran" in capsys.readouterr().out
     assert main([], light) == 0
-    assert (
-        not (light / "figures/claims_05.csv").exists() and readme.read_text().count("| J1 |") == 1
-    )
+    assert not (light / "figures/claims_05.csv").exists() and page.read_text().count("| J1 |") == 1
     (cached / "claims_05.csv").write_text("edited by hand")
     assert main(["--publish", "--profile", "smoke"], light) == 2
     assert not list(light.glob(".figures-*"))
@@ -307,14 +304,13 @@ def test_claims_travel_with_the_figures_and_other_profiles_can_be_published(ligh
 
 def test_a_failing_run_leaves_the_ledger(light, capsys):
     (light / "pyproject.toml").touch()
-    (light / "README.md").write_text("<!-- claims -->\nas it was\n<!-- /claims -->\n")
     writes = (
         "import os, pathlib; pathlib.Path(os.environ['JUMPRELU_FIGURES'], 'claims_04.csv').touch()"
     )
     (light / "notebooks/05_light.py").write_text(LIGHT.replace("print(mode)", writes))
     assert main([], light) == 1
     assert "it wrote claims_04.csv" in capsys.readouterr().out
-    assert not (light / "figures").exists() and "as it was" in (light / "README.md").read_text()
+    assert not (light / "figures").exists()
 
 
 def test_a_kernel_that_does_not_start_gets_a_second_chance(light, capsys, tmp_path, monkeypatch):

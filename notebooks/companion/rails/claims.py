@@ -4,12 +4,9 @@ Notable here:
 - nobody writes a verdict: it follows from an interval and the region in which the claim holds, and
   an interval that reaches over the edge of the region decides nothing.
 - each notebook writes its part, `claims_NN.csv`, beside its figures; `figures/claims.csv` and the
-  table in README are made of the parts, by `make reproduce` and by `python -m
-  companion.rails.claims`.
+  pages (`results_pages.py`) are made of the parts, at the end of `make reproduce` and by `python -m
+  companion.rails.claims`; `--check` only compares.
 - numbers keep four significant digits.
-
-Notebooks import this module by name. The package does not: it would then be loaded before `python
--m` runs it.
 """
 
 from __future__ import annotations
@@ -33,9 +30,7 @@ REPRODUCED = "reproduced"
 NOT_REPRODUCED = "not reproduced"
 UNDECIDED = "undecided"
 OUT_OF_REACH = "out of reach at this scale"
-
-BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
-"""What README's table stands between."""
+VERDICTS = (REPRODUCED, NOT_REPRODUCED, UNDECIDED, OUT_OF_REACH)
 
 
 class Claim(NamedTuple):
@@ -110,7 +105,8 @@ def claim(
     for name, text in {"paper": paper, "sentence": sentence, "quantity": quantity}.items():
         if not text.strip():
             raise ValueError(
-                f"{id}: {name} is empty; write it out, because the ledger is read without the notebook"
+                f"{id}: {name} is empty; write it out, because the ledger is read without the "
+                "notebook"
             )
     for name, text in {
         "paper": paper,
@@ -121,23 +117,26 @@ def claim(
     }.items():
         if "\n" in text or "<!--" in text:
             raise ValueError(
-                f"{id}: {name} must be one line without an HTML comment, because it becomes part of a row "
-                f"of README's table, got {text!r}"
+                f"{id}: {name} must be one line without an HTML comment, because it becomes part "
+                f"of a row of a table, got {text!r}"
             )
     low, high = map(float, holds)
     if not low < high:
         raise ValueError(
-            f"{id}: holds must be (low, high) with low < high, -inf or inf for an open side, got {holds}"
+            f"{id}: holds must be (low, high) with low < high, -inf or inf for an open side, got "
+            f"{holds}"
         )
     if interval is not None:
         if any(map(np.ndim, interval)):
             raise ValueError(
-                f"{id}: the interval must hold three numbers, got arrays: one claim is about one quantity"
+                f"{id}: the interval must hold three numbers, got arrays: one claim is about one "
+                "quantity"
             )
         interval = Interval(*map(float, interval))
         if interval.low > interval.mean or interval.mean > interval.high:
             raise ValueError(
-                f"{id}: the interval must be Interval(mean, low, high) with low ≤ mean ≤ high, got {interval}"
+                f"{id}: the interval must be Interval(mean, low, high) with low ≤ mean ≤ high, got "
+                f"{interval}"
             )
     verdict = verdict_of(interval, (low, high))
     if verdict == OUT_OF_REACH:
@@ -151,7 +150,8 @@ def claim(
         verdict == OUT_OF_REACH and figure == ""
     ):
         raise ValueError(
-            f"{id}: figure must be the notebook's number and the figure's name, such as '03_pareto', got {figure!r}"
+            f"{id}: figure must be the notebook's number and the figure's name, such as "
+            f"'03_pareto', got {figure!r}"
         )
     numbers = interval or Interval(math.nan, math.nan, math.nan)
     return Claim(id, paper, sentence, quantity, *numbers, verdict, reason, figure)
@@ -230,84 +230,47 @@ def collect(folder: str | Path) -> pd.DataFrame:
     )
 
 
-# ---- README
-
-
-def _measured(row: pd.Series) -> str:
-    value, low, high = (f"{row[name]:.6g}" for name in NUMBERS)
-    if math.isnan(row.value):
-        return f"{row.quantity}: not measured"
-    if math.isnan(row.low) or math.isnan(row.high):
-        return f"{row.quantity}: {value}, without an interval"
-    return f"{row.quantity}: {value} [{low}, {high}]"
-
-
-def readme_table(frame: pd.DataFrame) -> str:
-    """The claims of :func:`collect` as a markdown table; '' for none."""
-    from .profiles import DEFAULT_PROFILE
-
-    if frame.empty:
-        return ""
-    lines = [
-        "| id | paper | claim | measured: value [interval] | verdict | figure | profile |",
-        "|" + " --- |" * 7,
-    ]
-    for _, row in frame.iterrows():
-        folder = "figures" if row.profile == DEFAULT_PROFILE else f"figures/{row.profile}"
-        link = f"[{row.figure}]({folder}/{row.figure}.png)" if row.figure else ""
-        verdict = f"{row.verdict}: {row.reason}" if row.reason else row.verdict
-        cells = [row.id, row.paper, row.claim, _measured(row), verdict, link, row.profile]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
-
-
-def with_table(readme: str, table: str) -> str:
-    """The text `readme` with `table` between the markers, and nothing else there.
-
-    Raises ValueError unless each marker is there once, in order; a README without markers may go
-    without an empty table.
-    """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not table and BEGIN not in readme and END not in readme:
-        return readme
-    if not (begin and end) or BEGIN in rest or END in before + after:
-        raise ValueError(
-            f"README.md must have the lines {BEGIN} and {END}, each once and in this order: "
-            "put them where the table of claims belongs"
-        )
-    return (
-        f"{before}{BEGIN}\n\n{table}\n\n{END}{after}" if table else f"{before}{BEGIN}\n{END}{after}"
-    )
-
-
 # ---- writing, and the command line
 
 
 def _changes(root: Path, readme: bool) -> dict[Path, str | None]:
     """Path → the text that the parts ask for, None for no such file; only what is not so
     already."""
+    from . import results_pages as pages  # here, because it brings jupytext
+
     frame = collect(root / "figures")
-    wanted = {root / "figures/claims.csv": None if frame.empty else _csv(frame)}
+    wanted: dict[Path, str | None] = {
+        root / "figures/claims.csv": None if frame.empty else _csv(frame),
+        root / "figures/LEDGER.md": None
+        if frame.empty
+        else pages.ledger_page(root, frame, VERDICTS),
+    }
+    headlines = pages.read_headlines(root)
     if readme:
+        wanted[root / "figures/README.md"] = pages.figures_page(root) or None
+    if readme and headlines:
         path = root / "README.md"
-        wanted[path] = with_table(path.read_text(encoding="utf-8"), readme_table(frame))
+        text = path.read_text(encoding="utf-8")
+        table = pages.notebook_table(root, frame, headlines)
+        text = pages.with_block(text, "notebooks", table)
+        wanted[path] = pages.with_block(text, "claims", pages.headline_table(frame, headlines))
     there = {path: path.read_text(encoding="utf-8") if path.exists() else None for path in wanted}
     return {path: text for path, text in wanted.items() if text != there[path]}
 
 
 def stale(root: Path) -> list[Path]:
-    """Which of `figures/claims.csv` and README.md below `root` are not as the parts ask for."""
+    """Which of `figures/claims.csv`, figures/LEDGER.md, figures/README.md and README.md below
+    `root` are not as the parts ask for."""
     return list(_changes(root, readme=True))
 
 
-def write_ledger(root: Path | None = None, readme: bool = False) -> list[Path]:
-    """Write `figures/claims.csv` and, with `readme`, README's table, where they are not as the
-    parts ask for.
+def write_ledger(root: Path | None = None, readme: bool = True) -> list[Path]:
+    """Write `figures/claims.csv`, figures/LEDGER.md and, with `readme`, figures/README.md and
+    README's blocks, where they are not as the parts ask for.
 
-    root: the checkout, by default that of this package. Returns what was changed. Without any part,
-    there is no `claims.csv`. Raises ValueError, before anything is written, if README has no place
-    for the table.
+    root: the checkout, by default that of this package. Returns what was changed. Without any part
+    there is neither `claims.csv` nor LEDGER.md. Raises ValueError, before anything is written, if
+    README has no place for a block, or `headlines.yaml` names a claim or a fact that is not there.
     """
     changes = _changes(root or ROOT, readme)
     for path, text in changes.items():
@@ -322,29 +285,26 @@ def main(arguments: list[str] | None = None, root: Path | None = None) -> int:
     """The command line; returns the exit status: 0, or 1 if --check found something, or 2 for an
     error."""
     root = root or ROOT
-    purpose = "Make figures/claims.csv of the claims that the notebooks left in figures/."
-    parser = argparse.ArgumentParser(prog="python -m companion.rails.claims", description=purpose)
-    ways = parser.add_mutually_exclusive_group()
-    ways.add_argument(
-        "--readme",
-        action="store_true",
-        help=f"write README's table, too, between {BEGIN} and {END}",
+    purpose = (
+        "Make figures/claims.csv, figures/LEDGER.md, figures/README.md and README's tables of what "
+        "the notebooks left in figures/."
     )
-    ways.add_argument(
+    parser = argparse.ArgumentParser(prog="python -m companion.rails.claims", description=purpose)
+    parser.add_argument(
         "--check",
         action="store_true",
-        help="write nothing; exit with 1 if either is not what would be written",
+        help="write nothing; exit with 1 if any is not what would be written",
     )
     given = parser.parse_args(arguments)
     try:
-        changed = stale(root) if given.check else write_ledger(root, given.readme)
+        changed = stale(root) if given.check else write_ledger(root)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for path in changed:
         name = path.relative_to(root).as_posix()
         print(
-            f"{name} is not what the claims ask for: python -m companion.rails.claims --readme"
+            f"{name} is not what the results ask for: python -m companion.rails.claims"
             if given.check
             else f"{name}: written"
         )

@@ -9,6 +9,7 @@ Notable here:
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import re
@@ -66,13 +67,14 @@ def _csv(data: pd.DataFrame) -> str:
         or data.columns.nlevels != 1
     ):
         raise ValueError(
-            "data must be a DataFrame with plain columns and the default index, because it becomes a CSV: "
-            "call data.reset_index() first"
+            "data must be a DataFrame with plain columns and the default index, because it becomes "
+            "a CSV: call data.reset_index() first"
         )
     text = data.to_csv(index=False, float_format="%.6g")
     if "#" in text:
         raise ValueError(
-            "data must not contain '#', which begins a comment in the CSV: rename that column or value"
+            "data must not contain '#', which begins a comment in the CSV: rename that column or "
+            "value"
         )
     return text
 
@@ -110,8 +112,8 @@ def save_figure(
 
 
 def read_figure_data(path: str | Path) -> pd.DataFrame:
-    """The numbers of a saved figure, as `plots.name` takes them. Raises ValueError if they were
-    edited by hand."""
+    """The numbers of a saved figure, as the function that drew it takes them. Raises ValueError if
+    they were edited by hand."""
     first, _, text = Path(path).read_text(encoding="utf-8").partition("\n")
     found = re.match(r"# jumprelu data=(\w+) ", first)
     if not found or found[1] != digest(text):
@@ -119,13 +121,44 @@ def read_figure_data(path: str | Path) -> pd.DataFrame:
     return pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""])
 
 
+def drawing_functions(root: Path = ROOT) -> dict[str, str]:
+    """Which function draws which figure, as the notebooks of the checkout `root` say.
+
+    Returns "03_pareto" → "companion.training.plots.pareto:pareto", for `pkgutil.resolve_name`, by
+    notebook and in the order of its cells. Read from the notebooks' sources; nothing is imported
+    and nothing is run. Calls of `save_figure` with a function that does not come from a module of
+    the companion are left out.
+    """
+    found = {}
+    for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        modules = {
+            alias.asname or alias.name: f"{node.module}.{alias.name}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("companion")
+            for alias in node.names
+        }
+        for node in ast.walk(tree):
+            match node:
+                case ast.Call(
+                    func=ast.Name(id="save_figure"),
+                    args=[
+                        ast.Constant(value=number),
+                        ast.Attribute(value=ast.Name(id=module), attr=name),
+                        *_,
+                    ],
+                ) if module in modules:
+                    found[f"{number}_{name}"] = f"{modules[module]}:{name}"
+    return found
+
+
 def _plain(name: str, value: Any) -> bool | int | float | str:
     if isinstance(value, np.generic):
         value = value.item()
     if not isinstance(value, bool | int | float | str):
         raise TypeError(
-            f"the fact {name!r} is a {type(value).__name__}: expected a number, a string or a truth value, "
-            "rounded below what differs from machine to machine"
+            f"the fact {name!r} is a {type(value).__name__}: expected a number, a string or a "
+            "truth value, rounded below what differs from machine to machine"
         )
     return value
 
