@@ -11,18 +11,25 @@ PIP_ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed-from
-# For `make benchmark`: an environment of its own, and what to hand to companion.speed.benchmark.
+# For `make benchmark`: an environment of its own.
 PEERS := .venv-peers
+# What to hand to the program behind reproduce, benchmark and gpu-evidence.
 ARGS ?=
 # Compiled anew by every process, the libraries would take most of a minute to import.
 unexport PYTHONDONTWRITEBYTECODE
+# notebooks/ holds the package `companion`, which is not installed.
+PYTHONPATH := $(CURDIR)/notebooks$(if $(PYTHONPATH),:$(PYTHONPATH))
+# Threads that wait for others sleep: spinning, they slow down whatever else runs, and themselves.
+OMP_WAIT_POLICY ?= PASSIVE
+GOMP_SPINCOUNT ?= 0
+export PYTHONPATH OMP_WAIT_POLICY GOMP_SPINCOUNT
 # Tests marked `network` run where CI is set.
 MARKED := $(if $(CI),,-m "not network")
 
-.PHONY: help setup reproduce publish test lm benchmark gpu-evidence lock lab clean
+.PHONY: help setup reproduce publish test test-notebooks lm benchmark gpu-evidence lock lab clean
 
 help: ## list the targets (default)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  PROFILE=name (of notebooks/profiles; default laptop), NOTEBOOK=NN, PYTHON=python3.11, PIP_ARGS="..."'
 
@@ -44,19 +51,22 @@ install:
 	@echo "$(VENV) is ready"
 
 reproduce: setup ## run the notebooks that are not up to date; write figures/; print the facts
-	@$(RUN) -m companion.rails.reproduce --profile $(PROFILE) $(if $(NOTEBOOK),--notebook $(NOTEBOOK))
+	@$(RUN) -m companion.rails.reproduce --profile $(PROFILE) $(if $(NOTEBOOK),--notebook $(NOTEBOOK)) $(ARGS)
 
 publish: setup ## copy another PROFILE's finished results to figures/PROFILE, to be committed
 	@$(RUN) -m companion.rails.reproduce --publish --profile $(PROFILE) $(if $(NOTEBOOK),--notebook $(NOTEBOOK))
 
-test: setup ## lint, unit tests with coverage, then every committed notebook under nbval
+test: setup ## lint, unit tests with coverage, and the notebooks whose results are at hand
 	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
 	@# Torch's builds for CPUs come without Triton, whose interpreter runs the kernels for GPUs; only Linux has it.
 	@$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps "triton>=3.8,<4" 2>/dev/null || true
 	@$(RUN) tests/chromium.py || true # without one, the browser tests are skipped, and pytest says so
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile $(MARKED) --cov
-	$(RUN) -m pytest -q --nbval --nbval-current-env --nbval-cell-timeout=900 \
-		--nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
+	@$(RUN) -m companion.rails.checks
+
+test-notebooks: setup ## run every notebook and compare each output with the committed one (up to an hour)
+	@$(RUN) -m companion.rails.checks --all
 
 lm: setup ## train the embedded language model from scratch (about an hour on 2 cores)
 	$(RUN) -m companion.subject.train_lm
@@ -67,8 +77,8 @@ benchmark: ## speed and quality beside other SAE libraries, installed into an en
 		$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS) --no-deps -r requirements-peers.lock \
 		&& cp requirements-peers.lock $(PEERS)/peers-installed-from; }
 	@# The table is only as good as the adapters.
-	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -p no:cacheprovider -k adapter tests/test_benchmark.py
-	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -p no:cacheprovider tests/test_peer_formats.py
+	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -p no:cacheprovider -k adapter tests/companion/test_benchmark.py
+	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -p no:cacheprovider tests/jumprelu/test_peer_formats.py
 	@$(PEERS)/bin/python -m companion.speed.benchmark $(ARGS)
 
 gpu-evidence: setup ## measure kernels, steps and a harvest at the paper's scale on this machine's GPU (ARGS="--help")

@@ -3,10 +3,9 @@ the same output."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 
-from companion.rails.reproduce import kernel_environment
+from companion.rails.environment import kernel_environment, set_variables
 
 
 def pytest_configure(config):
@@ -14,11 +13,7 @@ def pytest_configure(config):
     committed ones."""
     folder = tempfile.TemporaryDirectory(prefix="jumprelu-figures-")
     config.add_cleanup(folder.cleanup)
-    for name, value in (kernel_environment() | {"JUMPRELU_FIGURES": folder.name}).items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    set_variables(kernel_environment() | {"JUMPRELU_FIGURES": folder.name})
 
 
 def pytest_collectstart(collector):

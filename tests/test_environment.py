@@ -122,10 +122,32 @@ def test_make_has_the_targets_that_readme_and_help_name(root):
     assert {"setup", "reproduce", "test", "lm"} <= named
 
 
-def test_ci_runs_the_test_command_of_readme(root):
+def test_ci_runs_the_test_command_of_readme_and_every_notebook(root):
     script = (root / ".ci/run").read_text()
     assert os.access(root / ".ci/run", os.X_OK)
-    assert re.findall(r"^make .*", script, re.MULTILINE) == ["make test </dev/null"]
+    assert re.findall(r"^make .*", script, re.MULTILINE) == [
+        "make test </dev/null",
+        "make test-notebooks </dev/null",
+    ]
+
+
+def test_the_makefile_runs_what_is_there(root, tmp_path):
+    """Every module and test file that it names; and its environment finds the companion."""
+    makefile = (root / "Makefile").read_text()
+    modules = set(re.findall(r"-m (companion[\w.]+)", makefile))
+    assert {"companion.rails.reproduce", "companion.rails.checks"} <= modules
+    for module in modules:
+        assert (root / "notebooks" / (module.replace(".", "/") + ".py")).exists(), module
+    for path in set(re.findall(r"\btests/[\w/.]+", makefile)):
+        assert (root / path).exists(), path
+    code = 'import companion, os; print(companion.__file__, os.environ["OMP_WAIT_POLICY"])'
+    probe = tmp_path / "probe.mk"
+    probe.write_text(f"include Makefile\nprobe:\n\t@{sys.executable} -c '{code}'\n")
+    inherited = ("PYTHONPATH", "OMP_WAIT_POLICY")
+    settings = {name: value for name, value in os.environ.items() if name not in inherited}
+    command = ["make", "-C", str(root), "--no-print-directory", "-f", str(probe), "probe"]
+    shown = subprocess.run(command, capture_output=True, text=True, env=settings)
+    assert shown.stdout.split() == [str(root / "notebooks/companion/__init__.py"), "PASSIVE"]
 
 
 def test_an_old_python_is_named(root, tmp_path):

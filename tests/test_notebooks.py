@@ -19,7 +19,7 @@ import yaml
 from companion.rails.closure import source_closure
 from companion.rails.figures import drawing_functions, read_figure_data
 from companion.rails.profiles import DEFAULT_PROFILE, Notebook, check_profile
-from companion.rails.reproduce import cells_of, data_files, measured_files
+from companion.rails.running import cells_of, data_files, measured_files
 from nbval.plugin import get_sanitize_patterns
 
 from jumprelu.files import digest, sha256

@@ -22,7 +22,7 @@ from companion.rails.claims import (
     write_ledger,
 )
 from companion.rails.profiles import find_notebooks
-from companion.rails.reproduce import finished
+from companion.rails.publish import finished
 
 from jumprelu.intervals import Interval, mean_interval
 

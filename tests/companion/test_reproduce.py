@@ -7,15 +7,21 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jupytext
 import nbformat
 import pytest
-from companion.rails import reproduce
-from companion.rails.reproduce import main
+from companion.rails import costs, display
+from companion.rails.profiles import find_notebooks
+from companion.rails.reproduce import main, reproduce
+from companion.rails.running import Cost, cells_of
 from rich.console import Console
+
+from jumprelu.files import cache_root, read_json, sha256, write_json
 
 HEADER = """# ---
 # jupyter:
@@ -37,12 +43,9 @@ TOY = (
 # # A toy
 
 # %%
-import importlib
 import pandas as pd
 import toyplots
 from companion.rails.figures import show_facts, save_figure
-
-importlib.import_module("jumprelu.plots").line = toyplots.line  # stands for a function of plots
 
 # %% tags=["parameters"]
 steps: int = 3  # points
@@ -52,7 +55,7 @@ threads: int = 1
 
 # %%
 data = pd.DataFrame({"x": [scale * i for i in range(steps)]})
-save_figure(toyplots.line(data), "00_line", data)
+save_figure("00", toyplots.line, data)
 
 # %%
 import os, sys
@@ -93,7 +96,9 @@ def project(tmp_path, monkeypatch, root):
     library = tmp_path / "library"
     library.mkdir()
     (library / "toyplots.py").write_text(PLOTS)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(library), str(root)]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(library), str(root), str(root / "notebooks")])
+    )
     monkeypatch.setenv("JUMPRELU_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "project"
     (folder / "notebooks/profiles").mkdir(parents=True)
@@ -133,7 +138,7 @@ def test_a_notebook_end_to_end(project, capsys):
 
     executed = nbformat.reads(first["notebooks/00_toy.ipynb"].decode(), as_version=4)
     nbformat.validate(executed)
-    assert reproduce.cells_of(executed) == reproduce.cells_of(jupytext.read(source))
+    assert cells_of(executed) == cells_of(jupytext.read(source))
     code = [cell for cell in executed.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     images = [output for output in code[2].outputs if "image/png" in output.get("data", {})]
@@ -153,7 +158,7 @@ def test_a_notebook_end_to_end(project, capsys):
         and manifest["packages"]["torch"]
         and list(manifest["figures"]) == ["00_line"]
     )
-    cost = json.loads((reproduce.cache_root() / "timings.json").read_text())["laptop/00_toy"]
+    cost = json.loads((cache_root() / "timings.json").read_text())["laptop/00_toy"]
     assert cost["seconds"] > 0 and cost["peak_mb"] > 50
 
     assert main([], project) == 0
@@ -169,7 +174,7 @@ def test_a_notebook_end_to_end(project, capsys):
     profile(project, '"00":\n  steps: 5\n  scale: 1e-1\n')
     assert main(["--profile", "smoke"], project) == 0
     assert {name: data for name, data in tree(project).items() if "smoke" not in name} == first
-    other = reproduce.cache_root() / "profiles/smoke"
+    other = cache_root() / "profiles/smoke"
     assert json.loads((other / "figures/00_facts.json").read_text())["last"] == 0.4
     assert (other / "notebooks/00_toy.ipynb").exists() and (other / "figures/00_line.pdf").exists()
 
@@ -210,7 +215,7 @@ def test_a_failing_cell_leaves_the_tree_and_says_where(light, capsys):
     )
     assert "KeyError: 'on purpose'" in printed and "\x1b[" not in printed
     assert tree(light) == before
-    kept = reproduce.cache_root() / "failed/05_light.ipynb"
+    kept = cache_root() / "failed/05_light.ipynb"
     assert str(kept) in printed and "on purpose" in kept.read_text()
 
 
@@ -258,7 +263,7 @@ def test_claims_travel_with_the_figures_and_other_profiles_can_be_published(ligh
     manifest = json.loads((light / "figures/05_light.manifest.json").read_text())
     assert (
         manifest["figures"] == {}
-        and manifest["claims"] == reproduce.sha256(light / "figures/claims_05.csv")[:16]
+        and manifest["claims"] == sha256(light / "figures/claims_05.csv")[:16]
     )
     first = tree(light)
     assert {"figures/claims_05.csv", "figures/claims.csv"} < set(first) and page.read_text().count(
@@ -274,7 +279,7 @@ def test_claims_travel_with_the_figures_and_other_profiles_can_be_published(ligh
     )
 
     assert main(["--profile", "smoke"], light) == 0
-    cached = reproduce.cache_root() / "profiles/smoke/figures"
+    cached = cache_root() / "profiles/smoke/figures"
     assert (cached / "claims_05.csv").exists() and tree(light) == first
     (cached / "05_x.pdf").touch()
     target = light / "figures/smoke"
@@ -343,13 +348,72 @@ def test_a_kernel_that_does_not_start_gets_a_second_chance(light, capsys, tmp_pa
 
 
 def test_long_cells_are_reported(light, monkeypatch):
-    monkeypatch.setattr(reproduce, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(display, "HEARTBEAT_SECONDS", 0.2)
     (light / "notebooks/05_light.py").write_text(
         LIGHT.replace("print(mode)", "import time; time.sleep(1)")
     )
     plain = Console(file=io.StringIO(), record=True, width=200)
-    assert reproduce.reproduce(light, console=plain)
+    assert reproduce(light, console=plain)
     assert "05_light: cell 2 of 3" in plain.export_text()
-    terminal = Console(file=io.StringIO(), force_terminal=True)
-    assert reproduce.reproduce(light, force=True, console=terminal)
-    assert "05_light: cell 2 of 3" in terminal.file.getvalue()
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=200)
+    assert reproduce(light, force=True, console=terminal)
+    shown = terminal.file.getvalue()
+    assert "running, cell 2 of 3" in shown and "1 of 1 left, about 0:0" in shown
+
+
+def test_expected_times_come_from_this_machine_or_scaled_from_the_committed_ones(light, capsys):
+    source = light / "notebooks/05_light.py"
+    (light / "notebooks/06_more.py").write_text(LIGHT)
+    (light / "notebooks/07_new.py").write_text(LIGHT)
+    here = costs.calibration()
+    assert 0 < here == costs.calibration()
+    committed = {"smoke": {"calibration": here / 2, "seconds": {"05_light": 50, "06_more": 50}}}
+    write_json(light / "notebooks/profiles/costs.json", committed)
+    notebooks = find_notebooks(light)
+    costs.keep_cost("smoke", notebooks[0], Cost(7.0, 100))
+    known = {
+        notebook.name: s
+        for notebook, s in costs.expected_seconds(light, "smoke", notebooks).items()
+    }
+    assert known == {"05_light": 7.0, "06_more": pytest.approx(100)}
+    assert costs.expected_seconds(light, "laptop", notebooks) == {}
+
+    assert main(["--notebook", "05", "--record-costs"], light) == 2
+    assert "no run of 06_more, 07_new in the profile laptop was timed" in capsys.readouterr().err
+    for name in ("06_more", "07_new"):
+        (light / f"notebooks/{name}.py").unlink()
+    assert main(["--record-costs"], light) == 0
+    written = read_json(light / "notebooks/profiles/costs.json")
+    assert written["smoke"] == committed["smoke"] and written["laptop"]["calibration"] == here
+    assert list(written["laptop"]["seconds"]) == [source.stem]
+
+
+def test_the_plan_is_shown_first(light):
+    notebooks = find_notebooks(light)
+    plain = Console(file=io.StringIO(), record=True, width=200)
+    with display.Display(plain, "laptop", {notebooks[0]: False}, {notebooks[0]: 245.0}) as shown:
+        first = plain.export_text(clear=False)
+        assert "05_light: to run, expected time about 4:05" in first
+        assert "1 of 1 left, about 4:05" in first
+        shown.start(notebooks[0])
+        shown.done(notebooks[0], Cost(200.0, 300))
+    assert "05_light: done in 3:20; nothing left" in plain.export_text()
+
+
+def test_a_second_run_waits_for_the_first(light, tmp_path, monkeypatch):
+    """Two processes: the second one starts while the first is in its cell."""
+    ran = tmp_path / "ran"
+    cell = f"import time, pathlib; open({str(ran)!r}, 'a').write('x'); time.sleep(4)"
+    (light / "notebooks/05_light.py").write_text(LIGHT.replace("print(mode)", cell))
+    code = "import sys, pathlib; from companion.rails.reproduce import main; "
+    code += f"sys.exit(main([], pathlib.Path({str(light)!r})))"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    first = subprocess.Popen([sys.executable, "-c", code], **pipes)
+    while not ran.exists() and first.poll() is None:
+        time.sleep(0.1)
+    second = subprocess.run([sys.executable, "-c", code], **pipes, check=False)
+    printed = first.communicate()[0]
+    assert (first.returncode, second.returncode) == (0, 0), printed + second.stdout
+    assert "05_light: done" in printed and "05_light: up to date" in second.stdout
+    assert "another `make reproduce` is at work" in second.stdout
+    assert ran.read_text() == "x"

@@ -1,0 +1,105 @@
+"""Run committed notebooks again and compare every output with the committed one (nbval): all of
+them, or as many as end in minutes.
+
+`make test` takes those whose results are in the cache, which is quick, and one from nothing, so
+that a fresh clone tests one, too. `make test-notebooks` takes all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+from jumprelu.files import cache_root
+
+from .figures import ROOT
+from .profiles import DEFAULT_PROFILE, Notebook, check_profile, find_notebooks
+from .running import up_to_date
+
+FROM_NOTHING = "01"
+"""The notebook that is always run: the cheapest one that needs no results of another. It harvests,
+trains and evaluates."""
+CELL_SECONDS = 900
+"""A cell that takes longer has failed."""
+
+
+class Choice(NamedTuple):
+    """Which notebooks are run by `make test`."""
+
+    at_hand: list[Notebook]
+    """Their results are in the cache."""
+    from_nothing: list[Notebook]
+    left_out: list[Notebook]
+
+
+def choose(notebooks: Sequence[Notebook], current: set[Notebook]) -> Choice:
+    """Divide the notebooks, of which `current` are up to date; where there is none with the number
+    `FROM_NOTHING`, the first is run in its place."""
+    numbered = [notebook for notebook in notebooks if notebook.number == FROM_NOTHING]
+    from_nothing = numbered or list(notebooks[:1])
+    others = [notebook for notebook in notebooks if notebook not in from_nothing]
+    return Choice(
+        [notebook for notebook in others if notebook in current],
+        from_nothing,
+        [notebook for notebook in others if notebook not in current],
+    )
+
+
+def nbval_command(root: Path, notebooks: Sequence[Notebook]) -> list[str]:
+    """The command that runs notebooks under nbval."""
+    return [
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval"),
+        *("--nbval-current-env", f"--nbval-cell-timeout={CELL_SECONDS}"),
+        *("--nbval-sanitize-with", str(root / "tests/nbval_sanitize.cfg")),
+        *(str(notebook.source.with_suffix(".ipynb")) for notebook in notebooks),
+    ]
+
+
+def run_nbval(root: Path, notebooks: Sequence[Notebook], cache: Path | None = None) -> bool:
+    """Run notebooks under nbval, with another cache than this process's if one is given; True if
+    all outputs are the committed ones."""
+    changed = {} if cache is None else {"JUMPRELU_CACHE": str(cache)}
+    command = nbval_command(root, notebooks)
+    return subprocess.run(command, cwd=root, env=os.environ | changed).returncode == 0
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+    """The command line; returns the exit status: 0, or 1 if an output differs or a cell fails."""
+    purpose = "Run committed notebooks and compare their outputs."
+    parser = argparse.ArgumentParser(prog="python -m companion.rails.checks", description=purpose)
+    parser.add_argument("--all", action="store_true", help="all notebooks, however long they take")
+    given = parser.parse_args(arguments)
+    notebooks = find_notebooks(root)
+    if given.all:
+        return 0 if run_nbval(root, notebooks) else 1
+    changed = check_profile(root, DEFAULT_PROFILE)
+    current = {
+        notebook
+        for notebook in notebooks
+        if up_to_date(root, notebook, DEFAULT_PROFILE, changed[notebook.number])
+    }
+    choice = choose(notebooks, current)
+    for title, some in zip(("at hand", "from nothing", "left out"), choice, strict=True):
+        print(f"notebooks {title}: {', '.join(each.name for each in some) or 'none'}", flush=True)
+    if choice.left_out:
+        print("(`make reproduce` brings their results; `make test-notebooks` runs all)", flush=True)
+    succeeded = True
+    if choice.at_hand:
+        succeeded = run_nbval(root, choice.at_hand)
+    with ExitStack() as stack:
+        cache = None
+        if any((cache_root() / "results").glob("*")):  # else this cache is as good as a new one
+            cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jumprelu-")))
+        succeeded = run_nbval(root, choice.from_nothing, cache) and succeeded
+    return 0 if succeeded else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
