@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import os
+import re
+import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,6 +159,77 @@ def test_closure_hash_is_that_of_the_real_package():
     assert closure_hash(estimators.jump_relu) == source_closure(
         "from jumprelu.estimators import jump_relu as f\nf(1)"
     )
+
+
+def copies(folder: Path, root: Path) -> Path:
+    """Library and companion, to be edited."""
+    for package in (root / "jumprelu", root / "notebooks/companion"):
+        for path in package.rglob("*.py"):
+            target = folder / path.relative_to(package.parent)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    return folder
+
+
+def keys_of(folder: Path, cache: Path) -> dict[str, str]:
+    """Name → key, in a new process, of a harvest, a run and two tables of the packages in
+    `folder`."""
+    code = """
+import json, torch
+import jumprelu as jr
+from companion.rails.cache import slot
+from companion.rails.jobs import make_job
+from companion.rails.study import score_table
+from jumprelu.activations import activations_from_tensor
+from models import random_ids, tiny_lm
+lm = tiny_lm()
+tokens = jr.Tokens(random_ids(4, 8), torch.arange(4))
+acts = activations_from_tensor(torch.arange(12.0).reshape(4, 3), "toy")
+job = make_job(acts, jr.TrainConfig(d_sae=8), lm, tokens)
+harvest = slot(jr.harvest, lm, tokens, layer=1).folder
+table = slot(score_table, "name", []).folder
+print(json.dumps({"harvest": harvest.name, "run": job.folder.name,
+                  "report": job.report.folder.name, "table": table.name}))
+"""
+    helpers = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(folder), str(helpers)])
+    settings = os.environ | {"PYTHONPATH": paths, "JUMPRELU_CACHE": str(cache)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=settings, cwd=cache
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_expensive_data_is_found_again_after_an_edit_and_tables_are_not(tmp_path, root):
+    """Errors in the modules of the language model, the harvest and training are worded anew: no
+    text is harvested and no SAE trained again. What the companion computes with a function of the
+    library is computed again when that changes."""
+    folder, cache = copies(tmp_path / "copies", root), tmp_path / "other cache"
+    cache.mkdir()
+
+    def edit(name: str, pattern: str, new: str) -> None:
+        path = folder / name
+        source, number = re.subn(pattern, new, path.read_text())
+        assert number, f"{name} has nothing like {pattern}"
+        path.write_text(source)
+
+    def changed(before: dict[str, str]) -> set[str]:
+        after = keys_of(folder, cache)
+        return {name for name in before if before[name] != after[name]}
+
+    error = r'(raise ValueError\(\s*f?")'
+    first = keys_of(folder, cache)
+    for module in ("lm", "harvest", "train"):
+        edit(f"jumprelu/{module}.py", error, r"\1! ")
+    assert changed(first) == {"report"}
+    second = keys_of(folder, cache)
+    edit("jumprelu/harvest.py", r"(?m)^(harvest\.version.*?) = 1", r"\1 = 2")
+    edit("companion/rails/study.py", '"seed": seed,', '"seed": seed + 1,')
+    assert changed(second) == {"harvest", "table"}
+    third = keys_of(folder, cache)
+    edit("jumprelu/metrics.py", error, r"\1! ")
+    assert changed(third) == {"report"}
 
 
 @pytest.mark.parametrize("fn", [lambda x: x, torch.nn.ReLU(), (lambda: lambda: 0)()])
@@ -364,6 +441,31 @@ def test_a_result_that_cannot_be_kept_is_refused_and_leaves_nothing(fn, message)
     with pytest.raises(TypeError, match=message):
         remember(fn)
     assert not list(cache.cache_root().rglob("result.json"))
+
+
+def slow_table(mark: Path, seconds: float) -> pd.DataFrame:
+    time.sleep(seconds)
+    with open(mark.parent / "computed", "a") as file:
+        file.write("x")
+    return table(2)
+
+
+def test_two_processes_compute_a_result_once(tmp_path):
+    mark = tmp_path / "mark"
+    mark.touch()
+    code = (
+        "import pathlib, test_cache; from companion.rails.cache import remember; "
+        f"print(len(remember(test_cache.slow_table, pathlib.Path({str(mark)!r}), 5.0)))"
+    )
+    paths = [str(Path(__file__).parent), *filter(None, sys.path)]
+    settings = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": settings}
+    both = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
+    ended = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], ended
+    assert [printed for printed, _ in ended] == ["2\n", "2\n"]
+    assert (tmp_path / "computed").read_text() == "x"
+    assert sum("another process computes slow_table-" in said for _, said in ended) == 1
 
 
 def test_an_unfinished_folder_is_computed_again():

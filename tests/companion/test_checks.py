@@ -68,7 +68,7 @@ def test_a_changed_output_fails_and_all_are_run_if_asked(project, capfd):
 
 @pytest.mark.parametrize("filled", [False, True])
 def test_from_nothing_means_an_empty_cache(project, tmp_path, filled):
-    """A cache with results is left alone; one without is used, so that what comes after has them."""
+    """A cache with results is left alone; an empty one is used, for what comes after to profit."""
     if filled:
         (tmp_path / "cache/results/table-0").mkdir(parents=True)
     code = (
