@@ -1,7 +1,9 @@
-"""Train the SAE of a profile from the command line, on one device or on many.
+r"""Train the SAE of a profile from the command line, on one device or on many.
 
-    python -m companion.rails.launch --profile laptop --out runs/laptop torchrun --nproc-per-node 8
-    -m companion.rails.launch --profile gemma-2-9b --latents 4 --out runs/9b
+    cd notebooks
+    python -m companion.rails.launch --profile laptop --out runs/laptop
+    torchrun --nproc-per-node 8 -m companion.rails.launch --profile gemma-2-9b --latents 4 \
+        --out runs/9b
 
 The parameters are those of notebook 02 under that profile. The first process harvests the
 activations, or finds them in the cache; then all train (`distributed.py`). Interrupted, the same
@@ -108,14 +110,14 @@ def main(arguments: list[str] | None = None) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="another value for a parameter of notebook 02 or of TrainConfig; may be given several times",
+        help="another value for a parameter of notebook 02 or of TrainConfig; may be repeated",
     )
     parser.add_argument(
         "--latents",
         type=int,
         default=1,
         metavar="N",
-        help="of the processes that torchrun starts, deal the latents among N, and tokens among the rest",
+        help="deal latents among N of the processes that torchrun starts, tokens among the rest",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: a GPU where there is one"

@@ -145,7 +145,8 @@ def load_profile(root: Path, name: str) -> dict[str, dict[str, Given]]:
         ):
             if not re.fullmatch(r"\d\d", number):
                 raise ValueError(
-                    f'{path}, line {line}: expected a notebook\'s number such as "00", found {number!r}'
+                    f'{path}, line {line}: expected a notebook\'s number such as "00", found '
+                    f"{number!r}"
                 )
             given = entries(block, "a mapping of parameters, such as `steps: 100`, or {} for none")
             profile[number] = {
