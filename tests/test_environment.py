@@ -182,7 +182,10 @@ def test_a_fresh_environment_imports_the_package(root, tmp_path, conda):
     subprocess.run(
         [python, "-m", "pip", "install", "-q", "-r", "pip.txt"], check=True, cwd=copy, env=settings
     )
-    code = "import jumprelu, torch; from importlib import metadata; print(jumprelu.__file__, metadata.version('torch'))"
+    code = (
+        "import jumprelu, torch; from importlib import metadata; "
+        "print(jumprelu.__file__, metadata.version('torch'))"
+    )
     shown = subprocess.run(
         [python, "-c", code], check=True, cwd=tmp_path, env=settings, capture_output=True, text=True
     ).stdout

@@ -46,7 +46,13 @@ class Thing:
     def method(self):
         return helper(self.size)
 ''',
-    "other.py": "from . import base\nimport numpy as np\n\ndef through_module(x):\n    return base.helper(np.abs(x))\n",
+    "other.py": """
+from . import base
+import numpy as np
+
+def through_module(x):
+    return base.helper(np.abs(x))
+""",
     "top.py": """
 from .base import Thing, helper as renamed
 
@@ -443,29 +449,31 @@ def test_a_result_that_cannot_be_kept_is_refused_and_leaves_nothing(fn, message)
     assert not list(cache.cache_root().rglob("result.json"))
 
 
-def slow_table(mark: Path, seconds: float) -> pd.DataFrame:
-    time.sleep(seconds)
-    with open(mark.parent / "computed", "a") as file:
+def patient_table(folder: str) -> pd.DataFrame:
+    """Says that it has begun, and waits until it may end."""
+    with open(f"{folder}/begun", "a") as file:
         file.write("x")
+    while not os.path.exists(f"{folder}/go"):
+        time.sleep(0.1)
     return table(2)
 
 
 def test_two_processes_compute_a_result_once(tmp_path):
-    mark = tmp_path / "mark"
-    mark.touch()
     code = (
-        "import pathlib, test_cache; from companion.rails.cache import remember; "
-        f"print(len(remember(test_cache.slow_table, pathlib.Path({str(mark)!r}), 5.0)))"
+        "import test_cache; from companion.rails.cache import remember; "
+        f"print(len(remember(test_cache.patient_table, {str(tmp_path)!r})))"
     )
     paths = [str(Path(__file__).parent), *filter(None, sys.path)]
     settings = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": settings}
-    both = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
-    ended = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0], ended
-    assert [printed for printed, _ in ended] == ["2\n", "2\n"]
-    assert (tmp_path / "computed").read_text() == "x"
-    assert sum("another process computes slow_table-" in said for _, said in ended) == 1
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": settings}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as first:
+        while not (tmp_path / "begun").exists() and first.poll() is None:
+            time.sleep(0.1)
+        with subprocess.Popen([sys.executable, "-c", code], **pipes) as second:
+            assert "another process computes patient_table-" in second.stdout.readline()
+            (tmp_path / "go").touch()
+            assert second.stdout.read() == first.stdout.read() == "2\n"
+    assert (tmp_path / "begun").read_text() == "x"
 
 
 def test_an_unfinished_folder_is_computed_again():

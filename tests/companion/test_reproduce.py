@@ -60,7 +60,8 @@ save_figure("00", toyplots.line, data)
 # %%
 import os, sys
 print("a"), print("b"), print("warned", file=sys.stderr)
-[os.environ.get(name) for name in ("TQDM_DISABLE", "OMP_NUM_THREADS", "PYTHONHASHSEED", "MPLBACKEND")], os.getcwd()[-9:]
+names = ("TQDM_DISABLE", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONHASHSEED", "MPLBACKEND")
+[os.environ.get(name) for name in names], os.getcwd()[-9:]
 
 # %% tags=["facts"]
 show_facts("00", {"last": float(data["x"].iloc[-1]), "kinds": "".join(kinds)})
@@ -145,8 +146,8 @@ def test_a_notebook_end_to_end(project, capsys):
     assert len(images) == len(code[2].outputs) == 1  # shown, and once
     assert code[3].outputs[0].text == "a\nb\n"
     assert (
-        "(['1', '1', '0', 'module://matplotlib_inline.backend_inline'], 'notebooks')"
-        in code[3].outputs[-1].data["text/plain"]
+        "(['1', '1', 'PASSIVE', '0', 'module://matplotlib_inline.backend_inline'], 'notebooks')"
+        in " ".join(code[3].outputs[-1].data["text/plain"].split())
     )
     text = first["notebooks/00_toy.ipynb"].decode()
     assert "papermill" not in text and str(project) not in text and "iopub" not in text
@@ -243,7 +244,8 @@ def test_figures_of_another_number_are_refused(light, capsys):
 CLAIM = """from companion.rails.claims import claim, ledger
 from jumprelu.intervals import Interval
 seen = Interval(2.0, 1.0, 3.0)
-ledger("05", [claim("J1", "ours", "It is positive.", "size", seen, (0, float("inf")), "05_size")])"""
+size = claim("J1", "ours", "It is positive.", "size", seen, (0, float("inf")), "05_size")
+ledger("05", [size])"""
 
 
 def test_claims_travel_with_the_figures_and_other_profiles_can_be_published(light, capsys):
@@ -323,7 +325,10 @@ def test_a_kernel_that_does_not_start_gets_a_second_chance(light, capsys, tmp_pa
     spec.mkdir(parents=True)
     tries = tmp_path / "tries"
     tries.touch()
-    start = f"import os, sys, pathlib; p = pathlib.Path({str(tries)!r}); n = len(p.read_text()); p.write_text('x' * (n + 1)); "
+    start = (
+        f"import os, sys, pathlib; p = pathlib.Path({str(tries)!r}); n = len(p.read_text()); "
+        "p.write_text('x' * (n + 1)); "
+    )
     run = "os.execv(sys.executable, [sys.executable, '-m', 'ipykernel_launcher', *sys.argv[1:]])"
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
 
@@ -400,20 +405,24 @@ def test_the_plan_is_shown_first(light):
     assert "05_light: done in 3:20; nothing left" in plain.export_text()
 
 
-def test_a_second_run_waits_for_the_first(light, tmp_path, monkeypatch):
-    """Two processes: the second one starts while the first is in its cell."""
-    ran = tmp_path / "ran"
-    cell = f"import time, pathlib; open({str(ran)!r}, 'a').write('x'); time.sleep(4)"
+def test_a_second_run_waits_for_the_first(light, tmp_path):
+    """Two processes: the second one starts while the first is in a cell, which waits for it."""
+    begun, go = tmp_path / "begun", tmp_path / "go"
+    cell = (
+        f"import os, time; open({str(begun)!r}, 'a').write('x')\n"
+        f"while not os.path.exists({str(go)!r}): time.sleep(0.1)"
+    )
     (light / "notebooks/05_light.py").write_text(LIGHT.replace("print(mode)", cell))
     code = "import sys, pathlib; from companion.rails.reproduce import main; "
     code += f"sys.exit(main([], pathlib.Path({str(light)!r})))"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    first = subprocess.Popen([sys.executable, "-c", code], **pipes)
-    while not ran.exists() and first.poll() is None:
-        time.sleep(0.1)
-    second = subprocess.run([sys.executable, "-c", code], **pipes, check=False)
-    printed = first.communicate()[0]
-    assert (first.returncode, second.returncode) == (0, 0), printed + second.stdout
-    assert "05_light: done" in printed and "05_light: up to date" in second.stdout
-    assert "another `make reproduce` is at work" in second.stdout
-    assert ran.read_text() == "x"
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as first:
+        while not begun.exists() and first.poll() is None:
+            time.sleep(0.1)
+        with subprocess.Popen([sys.executable, "-u", "-c", code], **pipes) as second:
+            lines = iter(second.stdout.readline, "")
+            assert any("another `make reproduce` is at work" in line for line in lines)
+            go.touch()
+            assert "05_light: up to date" in second.stdout.read()
+        assert "05_light: done" in first.stdout.read()
+    assert (first.returncode, second.returncode) == (0, 0) and begun.read_text() == "x"

@@ -252,7 +252,7 @@ def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
 
 
 def base_of(root: Path, profile: str) -> Path:
-    """Where a profile has its `notebooks/` and `figures/`: the checkout, or a folder in the cache."""
+    """Where a profile has `notebooks/` and `figures/`: the checkout, or a folder of the cache."""
     return root if profile == DEFAULT_PROFILE else cache_root() / "profiles" / profile
 
 
