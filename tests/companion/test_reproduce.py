@@ -261,7 +261,7 @@ def test_claims_travel_with_the_figures_and_other_profiles_can_be_published(ligh
 
     source.write_text(LIGHT.replace("print(mode)", CLAIM))
     assert main([], light) == 0
-    assert "LEDGER.md: the claims are written again" in capsys.readouterr().out
+    assert "LEDGER.md: written again" in capsys.readouterr().out
     manifest = json.loads((light / "figures/05_light.manifest.json").read_text())
     assert (
         manifest["figures"] == {}
@@ -276,7 +276,7 @@ def test_claims_travel_with_the_figures_and_other_profiles_can_be_published(ligh
     printed = capsys.readouterr().out
     assert (
         "05_light: up to date" in printed
-        and "LEDGER.md: the claims" in printed
+        and "LEDGER.md: written again" in printed
         and tree(light) == first
     )
 

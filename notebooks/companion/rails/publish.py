@@ -97,7 +97,8 @@ def _cost_of(profile: str, notebook: Notebook, manifest: dict[str, Any]) -> dict
 
 
 def renew_ledger(root: Path, console: Console) -> None:
-    """Make the ledger of claims and its table in README again, in a checkout."""
+    """Make the ledger of claims, and the pages that show figures and claims, again, in a
+    checkout."""
     if (root / "pyproject.toml").exists():  # elsewhere, README is somebody else's
-        for path in write_ledger(root, readme=True):
-            console.print(f"{path.relative_to(root)}: the claims are written again")
+        for path in write_ledger(root):
+            console.print(f"{path.relative_to(root)}: written again", highlight=False)

@@ -6,8 +6,8 @@ Notable here:
 - the default profile is the notebooks' own parameters. The results of any other profile stay out of
   the tree, in the cache, under `profiles/<name>`, until `make publish PROFILE=<name>` copies them
   to `figures/<name>` (`publish.py`).
-- after a run of the default profile, the ledger of claims and its table in README are made again
-  (`claims.py`).
+- after a run of the default profile, the ledger of claims and the pages made of it are written
+  again (`claims.py`).
 - one run at a time: a second one waits for the first.
 """
 
