@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -57,7 +58,10 @@ def timed_training() -> float:
 
 def calibration() -> float:
     """:func:`timed_training` on this machine: in a process with the threads of a kernel, once; then
-    kept in the cache."""
+    kept in the cache.
+
+    Raises subprocess.CalledProcessError if that process fails.
+    """
     path = cache_root() / "calibration.json"
     machine = f"{platform.node()}, {os.cpu_count()} cores, torch {torch.__version__}"
     known = _read(path)
@@ -82,8 +86,10 @@ def expected_seconds(
         if own := measured.get(f"{profile}/{notebook.name}"):
             found[notebook] = own["seconds"]
         elif notebook.name in committed.get("seconds", {}):
-            factor = calibration() / committed["calibration"]
-            found[notebook] = committed["seconds"][notebook.name] * factor
+            # without the factor nothing is known, and that is no reason not to run
+            with suppress(subprocess.CalledProcessError):
+                factor = calibration() / committed["calibration"]
+                found[notebook] = committed["seconds"][notebook.name] * factor
     return found
 
 
