@@ -56,7 +56,20 @@ def test_files_that_are_named_exist(page):
     """`jumprelu/kernels.py`, `tests/test_house.py`, …: a moved file moves here, too."""
     text = (ROOT / page).read_text(encoding="utf-8")
     named = re.findall(r"`((?:jumprelu|notebooks|tests|figures)/[\w./-]+)`", text)
+    named = [name for name in named if "NN_" not in name]
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_picture_of_the_house_has_every_room():
+    picture = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1]
+    words = set(re.findall(r"\w+", picture))
+    core = {path.stem for path in (ROOT / "jumprelu").glob("*.py")} - {"__init__"}
+    rooms = [
+        path.parent.name
+        for package in ("jumprelu", "notebooks/companion")
+        for path in (ROOT / package).glob("*/__init__.py")
+    ]
+    assert (core | set(rooms)) - words == set()
 
 
 def test_every_notebook_is_listed():
