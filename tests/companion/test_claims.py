@@ -300,7 +300,7 @@ def test_markers_must_be_there_once_and_in_order(text):
 
 
 def test_readme_and_the_page_of_figures_are_made_of_results(checkout, folder, monkeypatch):
-    part(folder, monkeypatch, "03", "J1", "J2", interval=Interval(2.0, 1.23456, 3.0))
+    part(folder, monkeypatch, "03", "J1", "J2", interval=Interval(2.0, 1.2341, 3.0))
     assert {path.name for path in write_ledger(checkout)} == {
         "README.md",
         "LEDGER.md",
