@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 
 import pytest
 import yaml
@@ -45,7 +47,8 @@ def conda(root):
 
 def requirements(project):
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
-    return [Requirement(each) for group in groups for each in group]
+    found = [Requirement(each) for group in groups for each in group]
+    return [each for each in found if each.name != project["name"]]  # an extra may name another
 
 
 def test_the_lock_satisfies_the_project(project, lock):
@@ -73,27 +76,58 @@ def test_the_lock_is_what_is_installed(lock):
 
 
 def test_the_imports_are_declared(root, project):
-    distribution = {"yaml": "pyyaml", "IPython": "ipython"}
+    """What a module of the library imports when it is loaded is required; what a function imports
+    may be in an extra."""
+    required = {canonicalize_name(Requirement(each).name) for each in project["dependencies"]}
     declared = {canonicalize_name(requirement.name) for requirement in requirements(project)}
-    used = set()
-    for path in (root / "jumprelu").rglob("*.py"):
-        used |= set(re.findall(r"^\s*(?:from|import) ([A-Za-z_]+)", path.read_text(), re.MULTILINE))
-    known = {
-        canonicalize_name(distribution.get(name, name))
-        for name in used
-        if name not in sys.stdlib_module_names
+    wrong = []
+    for path in sorted((root / "jumprelu").rglob("*.py")):
+        for package, at_top in imported_packages(ast.parse(path.read_text(encoding="utf-8"))):
+            name = canonicalize_name({"yaml": "pyyaml"}.get(package, package))
+            if name not in (required if at_top else declared):
+                wrong.append(f"{path.relative_to(root)}: {package}")
+    assert wrong == [], "imported by the library, and not among its dependencies"
+
+
+def imported_packages(node, at_top=True):
+    """(package, whether when the module is loaded), of packages that are neither Python's nor
+    ours."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            names = [alias.name for alias in child.names]
+        elif isinstance(child, ast.ImportFrom):
+            names = [] if child.level else [child.module]
+        elif isinstance(child, ast.If | ast.Try):  # for types alone, or where it is installed
+            yield from imported_packages(child, at_top=False)
+            continue
+        else:
+            inside = isinstance(child, ast.FunctionDef | ast.Lambda)
+            yield from imported_packages(child, at_top and not inside)
+            continue
+        packages = {name.partition(".")[0] for name in names}
+        yield from ((p, at_top) for p in packages - {"jumprelu"} - sys.stdlib_module_names)
+
+
+def test_the_wheel_holds_the_library_alone(root, tmp_path):
+    copy = tmp_path / "project"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, copy)
+    for name in ("jumprelu", "notebooks/companion"):
+        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-w", tmp_path, copy], check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+    expected = {
+        path.relative_to(copy).as_posix()
+        for path in (copy / "jumprelu").rglob("*")
+        if path.is_file() and path.name != ".DS_Store"
     }
-    installed = {name for name in known if is_installed(name)}
-    assert installed - declared == set(), "imported by the package, but not among the dependencies"
-
-
-def is_installed(name):
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return bool(version(name)) and name != "jumprelu"
-    except PackageNotFoundError:
-        return False  # a word at the start of a line of a docstring
+    assert {"jumprelu/py.typed", "jumprelu/__main__.py"} < expected
+    assert any(name.startswith("jumprelu/subject/") for name in expected)
+    assert any(name.startswith("jumprelu/latents/assets/") for name in expected)
+    assert {name for name in names if ".dist-info/" not in name} == expected
 
 
 def test_environment_is_the_lock_and_the_project(project, conda):

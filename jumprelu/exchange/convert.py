@@ -1,5 +1,4 @@
-"""An SAE from one library's files to another's: `python -m jumprelu.exchange.convert SRC DST --to
-FORMAT`, or `--help`.
+"""An SAE from one library's files to another's: `python -m jumprelu convert SRC DST --to FORMAT`.
 
 Notable here:
 - DST appears whole or not at all: the copy is made beside it, read back and compared, and only then
@@ -40,7 +39,8 @@ def difference(one: SAE, two: SAE, seed: int = 0) -> dict[str, float]:
     """
     if (one.d_in, one.d_sae) != (two.d_in, two.d_sae):
         raise ValueError(
-            f"SAEs of d_in, d_sae = {one.d_in}, {one.d_sae} and {two.d_in}, {two.d_sae} cannot be compared"
+            f"SAEs of d_in, d_sae = {one.d_in}, {one.d_sae} and {two.d_in}, {two.d_sae} cannot be "
+            "compared"
         )
     generator = torch.Generator().manual_seed(seed)
     latent = torch.randint(one.d_sae, (PROBES, min(8, one.d_sae)), generator=generator)
@@ -89,8 +89,9 @@ def convert(
         found = difference(sae, examine(made, to).sae)
         if not max(found.values()) <= TOLERANCE:
             raise ValueError(
-                f"the copy of {source} differs by {max(found.values()):.2g}, relative, from what was read (at most "
-                f"{TOLERANCE:g} is rounding): not kept. Its weights may not be finite, or beyond float32"
+                f"the copy of {source} differs by {max(found.values()):.2g}, relative, from what "
+                f"was read (at most {TOLERANCE:g} is rounding): not kept. Its weights may not be "
+                "finite, or beyond float32"
             )
         made.chmod(0o755)  # mkdtemp makes 0700
         if target.exists():
@@ -104,17 +105,16 @@ def convert(
         *(f"  read: {note}" for note in reading.notes),
         f"{target}: {to}",
         *(f"  written: {note}" for note in notes),
-        f"largest relative difference, read back: encode {found['encode']:.1e}, decode {found['decode']:.1e}",
+        f"largest relative difference, read back: encode {found['encode']:.1e}, "
+        f"decode {found['decode']:.1e}",
     ]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, or 2 for an error, which is one line on
-    stderr."""
+    """`python -m jumprelu convert`; returns the exit status: 0, or 2 for an error, which is one
+    line on stderr."""
     purpose = "Convert a sparse autoencoder between the files of libraries."
-    parser = argparse.ArgumentParser(
-        prog="python -m jumprelu.exchange.convert", description=purpose
-    )
+    parser = argparse.ArgumentParser(prog="python -m jumprelu convert", description=purpose)
     parser.add_argument("source", metavar="SRC", help="folder of an SAE")
     parser.add_argument("target", metavar="DST", help="folder to write, new or empty")
     parser.add_argument(
@@ -139,7 +139,3 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print("\n".join(lines))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from ..extras import needs
 from ..lm import hub_access
 
 
@@ -22,7 +23,8 @@ def list_files(repo: str, revision: str | None = None) -> list[str]:
     ConnectionError as :func:`jumprelu.lm.hub_access` does, the last only if nothing of the
     repository is in the cache.
     """
-    from huggingface_hub import HfApi
+    with needs("lm"):
+        from huggingface_hub import HfApi
 
     try:
         with hub_access(repo):
@@ -46,7 +48,8 @@ def fetch(repo: str, path: str, revision: str | None = None) -> Path:
     Raises PermissionError, FileNotFoundError or ConnectionError as :func:`jumprelu.lm.hub_access`
     does.
     """
-    from huggingface_hub import HfApi
+    with needs("lm"):
+        from huggingface_hub import HfApi
 
     with hub_access(repo):
         return Path(HfApi().hf_hub_download(repo, path, revision=revision))
@@ -54,7 +57,8 @@ def fetch(repo: str, path: str, revision: str | None = None) -> Path:
 
 def _cached_folder(repo: str, revision: str | None) -> Path | None:
     """Where the cache has files of this revision, not necessarily all; None without any."""
-    from huggingface_hub import errors, snapshot_download
+    with needs("lm"):
+        from huggingface_hub import errors, snapshot_download
 
     try:
         return Path(snapshot_download(repo, revision=revision, local_files_only=True))
