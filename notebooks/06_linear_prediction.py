@@ -27,7 +27,7 @@ from functools import partial
 
 import pandas as pd
 import torch
-from companion.dark import darkstudy
+from companion.dark import darkstudy, errors
 from companion.dark.plots import linear as plots
 from companion.dark.plots import widths as width_plots
 from companion.rails import study
@@ -149,7 +149,7 @@ topk = dataclasses.replace(study.configurations(base, variants["TopK"])[0], k=la
 shuffled = remember(darkstudy.shuffled, acts)
 trained = study.sweep_variants(acts, {"TopK": [topk]}, [0], lm, test_tokens, workers or None)
 on_shuffled = remember(jr.train, shuffled, topk)
-linear_only = darkmatter.linear_controls(held_out, parts, components)
+linear_only = errors.linear_controls(held_out, parts, components)
 controls = linear_only | {
     "random dictionary": darkstudy.random_sae(acts, topk),
     "trained on shuffled activations": on_shuffled.sae.cpu(),

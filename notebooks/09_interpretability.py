@@ -29,7 +29,7 @@ from companion.rails import study
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import figures_folder, save_figure, show_facts
-from companion.reading import absorption, editing, interpstudy, plots
+from companion.reading import absorption, editing, interpstudy, plots, summaries
 
 import jumprelu as jr
 from jumprelu.intervals import Interval
@@ -134,7 +134,7 @@ baseline_scores = remember(
     interp.study, baselines, lm, read_tokens, lms=owners, count=seeds * latents
 )
 table = interpstudy.with_settings(pd.concat([scored, baseline_scores], ignore_index=True), runs)
-summary = interp.summary(
+summary = summaries.summary(
     table,
     [*interp.SCORES, *(f"shuffled_{name}" for name in interp.SCORES)],
     ("setting", "l0_mean"),
@@ -152,7 +152,7 @@ save_figure("09", plots.interp_scores, summary)
 # sparser and the denser setting.
 
 # %%
-bands = interp.summary(
+bands = summaries.summary(
     table[table.setting.isin(runs.table.architecture)],
     ["correlation", "detection"],
     ("point", "band"),
@@ -225,7 +225,7 @@ save_figure("09", plots.absorption, over_facts)
 #
 # Nothing replaces looking. The first SAE's latents, with contexts, histogram, logit effects,
 # neighbours, and where there is one the explanation with its score, are in one file that opens in
-# any browser without a network. For your own SAE: `python -m jumprelu.latents.pages SAE LM OUT`.
+# any browser without a network. For your own SAE: `python -m jumprelu pages SAE LM OUT`.
 
 # %%
 collected = contexts.collect(
@@ -239,7 +239,7 @@ page = pages.write_pages(figures_folder() / "09_latents.html", saes[main], lm, c
 print(f"{page.name}: {len(collected.latents)} latents")
 
 # %% [markdown]
-# **The manual study.** `python -m jumprelu.latents.rating make FOLDER SAE …` draws latents evenly
+# **The manual study.** `python -m jumprelu rate make FOLDER SAE …` draws latents evenly
 # over architectures, sites and L0 and writes one page for raters, who see contexts and nothing of
 # where a latent comes from, and a key that stays with you; `score` opens it and gives YES, MAYBE
 # and NO with intervals and the raters' agreement. The paper's shares of YES are 0.65 to 0.70.
@@ -256,11 +256,11 @@ overall = interpstudy.pooled(table)
 
 def beside(other: str, column: str = "correlation"):
     """JumpReLU's score less another's at equal frequency, at the denser setting."""
-    return interp.difference(denser, next(iter(variants)), other, column, draws)
+    return summaries.difference(denser, next(iter(variants)), other, column, draws)
 
 
 def own(name: str, column: str = "correlation"):
-    rows = interp.summary(overall[overall.sae == name], [column], ("sae",), draws)
+    rows = summaries.summary(overall[overall.sae == name], [column], ("sae",), draws)
     return Interval(*rows[["mean", "low", "high"]].iloc[0])
 
 
@@ -309,7 +309,7 @@ claims = [
         "JumpReLU",
         "Those of the trained model score higher.",
         "correlation of explanations, JumpReLU − SAE on random weights, at equal frequency",
-        interp.difference(overall, next(iter(variants)), "random weights", "correlation", draws),
+        summaries.difference(overall, next(iter(variants)), "random weights", "correlation", draws),
         (0, everything),
         "09_interp_scores",
     ),
@@ -328,7 +328,7 @@ claims = [
             "ours",
             f"Latents are explained better than {name}.",
             f"correlation of explanations, JumpReLU − {name}, at equal frequency",
-            interp.difference(overall, next(iter(variants)), name, "correlation", draws),
+            summaries.difference(overall, next(iter(variants)), name, "correlation", draws),
             (0, everything),
             "09_interp_scores",
         )
@@ -340,7 +340,7 @@ claims = [
         "Frequent latents are harder to explain.",
         "correlation of explanations, latents above 10 % − others, all architectures, latents of "
         "the sample counting alike",
-        interp.difference(frequent, "frequent", "other", "correlation", draws),
+        summaries.difference(frequent, "frequent", "other", "correlation", draws),
         (-everything, 0),
         "09_interp_bands",
     ),
@@ -351,7 +351,7 @@ claims = [
         "I3's difference at the sparser setting − at the denser, ends of two intervals, apart",
         interpstudy.apart(
             *(
-                interp.difference(
+                summaries.difference(
                     frequent[frequent.point == point], "frequent", "other", "correlation", draws
                 )
                 for point in (0, last)
@@ -432,7 +432,7 @@ claims = [
         None,
         (0.65, 0.7),
         "",
-        missing="needs raters: `python -m jumprelu.latents.rating make` writes the page for them",
+        missing="needs raters: `python -m jumprelu rate make` writes the page for them",
     ),
 ]
 ledger("09", claims)[["id", "claim", "value", "low", "high", "verdict"]]

@@ -50,8 +50,8 @@ def pursue(
     """
     if x.ndim != 2 or x.shape[1] != sae.d_in:
         raise ValueError(
-            f"x must be [tokens, d_in] with this SAE's d_in = {sae.d_in}, got {list(x.shape)}: raw activations of "
-            "its site, with x.flatten(0, -2) where they are in sequences"
+            f"x must be [tokens, d_in] with this SAE's d_in = {sae.d_in}, got {list(x.shape)}: raw "
+            "activations of its site, with x.flatten(0, -2) where they are in sequences"
         )
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
@@ -68,7 +68,8 @@ def pursue(
         raise ValueError(f"steps must be integers, got {steps.dtype}")
     if steps.shape != x.shape[:1]:
         raise ValueError(
-            f"steps must be one number, or one for each of the {len(x)} tokens, got shape {list(steps.shape)}"
+            f"steps must be one number, or one for each of the {len(x)} tokens, got shape "
+            f"{list(steps.shape)}"
         )
     if (steps < 0).any():
         raise ValueError(f"steps must be at least 0, got {int(steps.min())}")

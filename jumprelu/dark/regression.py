@@ -87,7 +87,8 @@ class Moments:
         n, x, xx, y, xy = (sums[kept].sum(0) for sums in (self.n, self.x, self.xx, self.y, self.xy))
         if not n > 0:
             raise ValueError(
-                "no rows to fit a linear map to: add some first, of at least two folds for cross-validation"
+                "no rows to fit a linear map to: add some first, of at least two folds for "
+                "cross-validation"
             )
         if bias:
             centre, centre_y = x / n, y / n
@@ -144,13 +145,16 @@ class Moments:
     ) -> torch.Tensor:
         """The ridge of each target, [m], of least squared error on folds that are left out in turn.
 
-        group: of each target, [m], int64 from 0; targets of a group share their ridge. Raises
-        ValueError with rows in fewer than two folds.
+        group: of each target, [m], int64 from 0; targets of a group share their ridge. ridges: to
+        choose from; one is taken as it is. Raises ValueError with rows in fewer than two folds.
         """
+        if len(ridges) == 1:
+            return torch.full_like(group, ridges[0], dtype=torch.float64)
         used = (self.n > 0).nonzero().squeeze(-1).tolist()
         if len(used) < 2:
             raise ValueError(
-                f"cross-validation needs rows in at least two folds, got {len(used)}: give `split` more folds"
+                f"cross-validation needs rows in at least two folds, got {len(used)}: give `split` "
+                "more folds"
             )
         errors = torch.zeros(
             len(ridges), int(group.max()) + 1, dtype=torch.float64, device=self.shift.device

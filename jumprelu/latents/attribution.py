@@ -84,9 +84,8 @@ def token_uniformity(
     batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
     ordinary = ~torch.isin(tokens.ids, torch.tensor(lm.special_ids))
     drawn = _draw(ordinary[:, :-1] & ordinary[:, 1:], per_row, seed)
-    known = (
-        layer if site == "resid_post" else layer - 1
-    )  # the last block that splicing cannot change, or is about to replace
+    # the last block that splicing cannot change, or is about to replace
+    known = layer if site == "resid_post" else layer - 1
     values, l0, rows = [], [], []
     for start in tqdm(
         range(0, len(tokens), batch_rows), desc="attributing", unit="batch", mininterval=1
@@ -110,8 +109,8 @@ def _draw(allowed: torch.Tensor, per_row: int, seed: int) -> torch.Tensor:
     [rows, per_row]."""
     if allowed.sum(-1).min() < per_row:
         raise ValueError(
-            f"a row has {int(allowed.sum(-1).min())} positions with a next token to predict, {per_row} are wanted: "
-            "give longer rows or a smaller per_row"
+            f"a row has {int(allowed.sum(-1).min())} positions with a next token to predict, "
+            f"{per_row} are wanted: give longer rows or a smaller per_row"
         )
     scores = torch.rand(allowed.shape, generator=torch.Generator().manual_seed(seed))
     return scores.masked_fill(~allowed, -1).topk(per_row).indices

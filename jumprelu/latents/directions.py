@@ -76,16 +76,16 @@ def logit_effects(
     )
     if sae.d_in != (width if to_stream is not None else lm.d_model):
         raise ValueError(
-            f"the SAE has d_in = {sae.d_in}, which is not the width of {site} in {lm.name}: give the model it was "
-            "trained on"
+            f"the SAE has d_in = {sae.d_in}, which is not the width of {site} in {lm.name}: give "
+            "the model it was trained on"
         )
     norm = next(
         (found for name in FINAL_NORMS if (found := _child(lm.model, name)) is not None), None
     )
     if norm is None:
         raise ValueError(
-            f"{type(lm.model).__name__} has none of {', '.join(FINAL_NORMS)}: add its final norm to "
-            "jumprelu.latents.directions.FINAL_NORMS"
+            f"{type(lm.model).__name__} has none of {', '.join(FINAL_NORMS)}: add its final norm "
+            "to jumprelu.latents.directions.FINAL_NORMS"
         )
     gain, centred = final_gain(norm, lm.d_model), isinstance(norm, torch.nn.LayerNorm)
     unembedding = lm.model.get_output_embeddings().weight.float()

@@ -1,5 +1,5 @@
 """How well latents can be explained: scores of explanations on documents that they were not made
-from, and baselines.
+from.
 
 Notable here:
 - correlation is that of the JumpReLU paper's automated study (after Bills et al. 2023): activations
@@ -10,30 +10,29 @@ Notable here:
   is scored on. Nor does it meet text that it has seen: licences and the like stand in many
   documents, so windows that repeat one are left out (:func:`fresh`).
 - a score alone says little. Beside it stand the same windows with another latent's explanation
-  (`shuffled_…`), and as subjects random directions and neurons that fire as often, and SAEs of a
-  model whose weights are random.
+  (`shuffled_…`); other models may be given for SAEs of random weights.
 - latents are drawn from bands of frequency; `weight` says how many latents of the SAE each stands
   for.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from tqdm import tqdm
 
 from ..corpus import Tokens, as_tokens
-from ..intervals import Interval
 from ..lm import LM
-from ..sae import SAE, Origin
-from ..sites import capture
-from .contexts import EMPTY, Choice, Contexts, collect_many, frequencies, uniform
+from ..sae import SAE
+from .choosing import EMPTY, Choice, uniform
+from .contexts import Contexts, collect_many, frequencies
 from .explain import LEVELS, Explainer, Explanation, RuleExplainer, Windows
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 EDGES = (0.01, 0.03, 0.1)
 """Frequencies between the bands."""
@@ -195,7 +194,8 @@ def split_documents(document: torch.Tensor, seed: int = 0) -> tuple[np.ndarray, 
     numbers = document.unique().numpy()
     if len(numbers) < 2:
         raise ValueError(
-            "explanations are scored on documents that they were not made from: give tokens of two at least"
+            "explanations are scored on documents that they were not made from: give tokens of two "
+            "at least"
         )
     mixed = numbers[np.argsort(uniform(seed, 8, numbers), kind="stable")]
     return np.sort(mixed[: len(mixed) // 2]), np.sort(mixed[len(mixed) // 2 :])
@@ -214,6 +214,8 @@ def sample_latents(
     Returns columns latent (ascending), band (0 the rarest) and weight: how many latents of its band
     each stands for.
     """
+    import pandas as pd
+
     frequency = frequency.numpy()
     band = np.searchsorted(edges, frequency)
     alive = pd.DataFrame(
@@ -246,7 +248,7 @@ def study(
     """Explain latents of several SAEs and score the explanations on held-out documents.
 
     saes: by name; each remembers its site and layer. lms: by name of an SAE, another model that it
-    belongs to (:func:`random_weights`), with the same tokenizer. explainer: by default the rules of
+    belongs to, with the same tokenizer. explainer: by default the rules of
     :class:`jumprelu.latents.explain.RuleExplainer`. count: latents of each SAE, drawn from bands of
     frequency (:func:`sample_latents`). tokens: text that no SAE was trained on; half of its
     documents are for explaining, half for scoring (:func:`split_documents`).
@@ -260,6 +262,8 @@ def study(
     :func:`jumprelu.latents.contexts.collect` does, for fewer than two documents, and for an SAE of
     which no latent fires.
     """
+    import pandas as pd
+
     tokens = as_tokens(tokens)
     explainer = explainer or RuleExplainer(lm.tokenizer)
     training, held_out = split_documents(tokens.document, seed)
@@ -300,6 +304,8 @@ def explain_all(
     label: str = "",
 ) -> pd.DataFrame:
     """The part of :func:`study` that follows the contexts: one row a latent, in their order."""
+    import pandas as pd
+
     count = len(contexts.latents)
     made: list[Explanation] = []
     held_windows: list[Windows] = []
@@ -336,169 +342,3 @@ def explain_all(
             }
         )
     return pd.DataFrame(rows)
-
-
-# ---- baselines
-
-
-@torch.no_grad()
-def activations(lm: LM, tokens: Tokens | torch.Tensor, site: str, layer: int) -> torch.Tensor:
-    """The model's activations at all tokens but special ones, [n, d_in], in memory: for a few
-    rows."""
-    tokens = as_tokens(tokens)
-    keep = ~torch.isin(tokens.ids, torch.tensor(lm.special_ids))
-    parts = [
-        capture(lm, [(site, layer)], ids)[site, layer][kept.to(lm.device)].float().cpu()
-        for ids, kept in zip(tokens.ids.split(8), keep.split(8), strict=True)
-    ]
-    return torch.cat(parts)
-
-
-def directions(
-    x: torch.Tensor, vectors: torch.Tensor, frequency: torch.Tensor, origin: Origin
-) -> SAE:
-    """Directions as latents: each is x's part along its vector, about the mean, where that is among
-    the highest `frequency`.
-
-    x: [n, d_in]; vectors: [m, d_in], made unit; frequency: [m], shares of tokens. Where the share
-    would reach below 0, a latent fires on what is positive.
-    """
-    unit = vectors / vectors.norm(dim=-1, keepdim=True)
-    offset = -unit @ x.mean(0)
-    ordered = (x @ unit.T + offset).sort(0, descending=True).values
-    last = (
-        (frequency.double() * len(x)).round().long().clamp(0, len(x) - 1)
-    )  # the first that is too low
-    threshold = ordered.gather(0, last[None])[0].clamp_min(0)
-    return SAE(unit.T, offset, unit, x.mean(0), threshold, origin=origin)
-
-
-def random_directions(sae: SAE, x: torch.Tensor, seed: int = 0) -> SAE:
-    """As many random unit vectors as the SAE has latents, each as latent that fires as often on x
-    as the SAE's of its number."""
-    vectors = torch.randn(sae.d_sae, sae.d_in, generator=torch.Generator().manual_seed(seed))
-    return directions(
-        x,
-        vectors,
-        _frequency(sae, x),
-        sae.origin._replace(architecture="random directions", training=None),
-    )
-
-
-def neurons(sae: SAE, x: torch.Tensor, seed: int = 0) -> SAE:
-    """The dimensions of the site's own basis as latents; each fires as often on x as some live
-    latent of the SAE."""
-    frequency = _frequency(sae, x)
-    frequency = frequency[frequency > 0]
-    drawn = frequency[
-        torch.randint(len(frequency), (sae.d_in,), generator=torch.Generator().manual_seed(seed))
-    ]
-    return directions(
-        x, torch.eye(sae.d_in), drawn, sae.origin._replace(architecture="neurons", training=None)
-    )
-
-
-@torch.no_grad()
-def _frequency(sae: SAE, x: torch.Tensor) -> torch.Tensor:
-    fired = [
-        torch.bincount(sae.encode(some, sparse=True).indices()[1], minlength=sae.d_sae)
-        for some in x.split(2**13)
-    ]
-    return torch.stack(fired).sum(0).double() / len(x)
-
-
-def random_weights(lm: LM, seed: int = 0) -> LM:
-    """A model of the same architecture as untrained, with the same tokenizer."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = type(lm.model)(copy.deepcopy(lm.model.config))
-    return LM(
-        model.to(lm.device, lm.dtype).requires_grad_(False),
-        lm.tokenizer,
-        f"{lm.name}, random weights",
-    )
-
-
-# ---- statistics over latents
-
-
-def _resampled(
-    values: np.ndarray, weights: np.ndarray, band: np.ndarray, draws: int, seed: int | list[int]
-) -> np.ndarray:
-    """The weighted mean of the latents, and of `draws` samples of them, with replacement within
-    bands; [1 + draws]."""
-    rng = np.random.default_rng(seed)
-    totals, sums = np.zeros(1 + draws), np.zeros(1 + draws)
-    for number in np.unique(band):
-        mine = (band == number).nonzero()[0]
-        drawn = np.vstack([mine, mine[rng.integers(len(mine), size=(draws, len(mine)))]])
-        totals += (values[drawn] * weights[drawn]).sum(1)
-        sums += weights[drawn].sum(1)
-    return totals / sums
-
-
-def _interval(means: np.ndarray) -> Interval:
-    return Interval(
-        float(means[0]), *(float(end) for end in np.quantile(means[1:], [0.025, 0.975]))
-    )
-
-
-def summary(
-    table: pd.DataFrame,
-    columns: Sequence[str] = SCORES,
-    by: Sequence[str] = ("sae",),
-    draws: int = 1000,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Mean of columns of :func:`study`'s table over the SAE's latents, with bootstrap 95 %
-    intervals over latents.
-
-    Latents count by their `weight` and are drawn anew within their band; rows without a value are
-    left out. Returns columns `by`, score, mean, low, high, latents.
-    """
-    rows = []
-    for key, own in table.groupby(list(by), sort=False):
-        for name in columns:
-            some = own[own[name].notna()]
-            found = (
-                _interval(
-                    _resampled(
-                        *(some[c].to_numpy(float) for c in (name, "weight", "band")), draws, seed
-                    )
-                )
-                if len(some)
-                else Interval(*[float("nan")] * 3)
-            )
-            rows.append((*key, name, *found, len(some)))
-    return pd.DataFrame(rows, columns=[*by, "score", "mean", "low", "high", "latents"])
-
-
-def difference(
-    table: pd.DataFrame,
-    first: str,
-    second: str,
-    column: str = "correlation",
-    draws: int = 1000,
-    seed: int = 0,
-) -> Interval:
-    """Mean of a score of the SAE `first` less that of `second`, at equal frequency: the mean over
-    bands that both have of the difference within each, with a bootstrap 95 % interval over latents.
-    Raises ValueError if they share no band."""
-    found = []
-    for name in (first, second):
-        own = table[(table.sae == name) & table[column].notna()]
-        found.append({band: some[column].to_numpy(float) for band, some in own.groupby("band")})
-    bands = sorted(set(found[0]) & set(found[1]))
-    if not bands:
-        raise ValueError(
-            f"{first} and {second} have no latents with a {column} in a common band of frequency: sample more"
-        )
-    means = np.zeros(1 + draws)
-    for sign, own, offset in zip((1, -1), found, (0, 1), strict=True):
-        for band in bands:
-            values = own[band]
-            one = np.ones(len(values))
-            means += (
-                sign * _resampled(values, one, one, draws, [seed, offset, int(band)]) / len(bands)
-            )
-    return _interval(means)

@@ -1,7 +1,7 @@
 """One page to look at the latents of an SAE: a self-contained HTML file that needs no server and no
 network.
 
-    python -m jumprelu.latents.pages SAE LM OUT.html
+    python -m jumprelu pages SAE LM OUT.html
 
 Notable here:
 - the list of latents stands at the beginning of the file, so it shows while the rest is still being
@@ -16,23 +16,31 @@ Notable here:
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 
-from ..corpus import load_texts, tokenize
-from ..exchange.loading import load_sae
 from ..files import write_text
-from ..lm import EMBEDDED, LM, load_lm
+from ..lm import EMBEDDED, LM
 from ..sae import SAE
 from .contexts import Contexts, collect
 from .directions import Effects, Near, logit_effects, nearest
-from .webpage import layout, narrow, pack, page, shades, token_texts, vocabulary
+from .webpage import (
+    add_text_options,
+    layout,
+    narrow,
+    pack,
+    page,
+    read_text,
+    shades,
+    token_texts,
+    vocabulary,
+)
 
 BLOCK = 128
 """Latents whose contexts are compressed together."""
@@ -80,10 +88,10 @@ def write_pages(
         {name: a[start : start + BLOCK] for name, a in arrays.items()}
         for start in range(0, len(numbers), BLOCK)
     ]
-    title = (
-        title
-        or f"{sae.origin.model_name or lm.name}, {site} {layer}: {sae.origin.architecture}, {sae.d_sae} latents"
-    )
+    model_name = sae.origin.model_name or lm.name
+    of = f"{model_name}, {site} {layer}: {sae.origin.architecture}, {sae.d_sae} latents"
+    title = title or of
+    said = [explanations.get(n, Explanation("")) for n in numbers.tolist()]
     first = {
         "about": {
             "title": title,
@@ -107,13 +115,8 @@ def write_pages(
             "threshold": _column(sae.threshold[numbers]),
             "decoder": _column(sae.W_dec[numbers].norm(dim=1)),
             "encoder": _column(sae.W_enc.T[numbers].norm(dim=1)),
-            "score": [
-                _number(explanations[n].score) if n in explanations else None
-                for n in numbers.tolist()
-            ],
-            "explanation": [
-                explanations[n].text if n in explanations else "" for n in numbers.tolist()
-            ],
+            "score": [_number(one.score) for one in said],
+            "explanation": [one.text for one in said],
             "peak": _peaks(contexts, tokens),
         },
         "vocabulary": ["", *token_texts(lm, known)],
@@ -127,24 +130,26 @@ def _check(sae: SAE, lm: LM, contexts: Contexts, explanations: dict[int, Explana
     numbers = contexts.latents
     if not len(numbers) or int(numbers.min()) < 0 or int(numbers.max()) >= sae.d_sae:
         raise ValueError(
-            f"contexts.latents must name latents of this SAE, 0 to {sae.d_sae - 1}, at least one, got "
-            f"{numbers.tolist()[:5]}"
+            f"contexts.latents must name latents of this SAE, 0 to {sae.d_sae - 1}, at least one, "
+            f"got {numbers.tolist()[:5]}"
         )
     if len(numbers.unique()) < len(numbers):
         raise ValueError("contexts.latents names a latent twice: give each one once")
     if int(contexts.tokens.max()) >= lm.config.vocab_size:
         raise ValueError(
-            f"the contexts hold token {int(contexts.tokens.max())}, {lm.name} has {lm.config.vocab_size}: they are "
-            "of another model"
+            f"the contexts hold token {int(contexts.tokens.max())}, {lm.name} has "
+            f"{lm.config.vocab_size}: they are of another model"
         )
     for number, given in explanations.items():
         if given.score is not None and not np.isfinite(given.score):
             raise ValueError(
-                f"the score of latent {number} is {given.score}: give a number, or None where there is none"
+                f"the score of latent {number} is {given.score}: give a number, or None where "
+                "there is none"
             )
     if unknown := sorted(set(explanations) - set(numbers.tolist())):
         raise ValueError(
-            f"explanations of latents without contexts: {unknown[:5]}; leave them out, or collect their contexts"
+            f"explanations of latents without contexts: {unknown[:5]}; leave them out, or collect "
+            "their contexts"
         )
 
 
@@ -206,59 +211,50 @@ def read_explanations(path: str | Path) -> dict[int, Explanation]:
     Raises FileNotFoundError for no such file, ValueError for other columns, or a row that is not of
     this form, naming the line.
     """
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if missing := {"latent", "explanation"} - set(frame.columns):
-        raise ValueError(
-            f"{path} lacks the column {' and '.join(sorted(missing))}: expected latent, explanation, score"
-        )
-    found: dict[int, Explanation] = {}
-    for line, row in enumerate(frame.to_dict("records"), start=2):
-        try:
-            number, score = int(row["latent"]), float(row["score"]) if row.get("score") else None
-        except ValueError as error:
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if missing := {"latent", "explanation"} - set(reader.fieldnames or ()):
             raise ValueError(
-                f"{path}, row {line}: {error}; expected the number of a latent and a score or nothing"
-            ) from error
-        if number in found:
-            raise ValueError(f"{path}, row {line}: latent {number} is there twice")
-        found[number] = Explanation(row["explanation"], score)
+                f"{path} lacks the column {' and '.join(sorted(missing))}: expected latent, "
+                "explanation, score"
+            )
+        found: dict[int, Explanation] = {}
+        for line, row in enumerate(reader, start=2):
+            try:
+                number = int(row["latent"])
+                score = float(row["score"]) if row.get("score") else None
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, row {line}: {error}; expected the number of a latent and a score or "
+                    "nothing"
+                ) from error
+            if number in found:
+                raise ValueError(f"{path}, row {line}: latent {number} is there twice")
+            found[number] = Explanation(row["explanation"], score)
     return found
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, or 2 for an error."""
-    purpose = "Make one self-contained HTML file to look at the latents of an SAE."
+def main(arguments: list[str] | None = None, load: Callable[[str | Path], SAE] = SAE.load) -> int:
+    """The command line; returns the exit status: 0, or 2 for an error. load: reads an SAE."""
     parser = argparse.ArgumentParser(
-        prog="python -m jumprelu.latents.pages",
-        description=purpose,
+        prog="python -m jumprelu pages",
+        description="Make one self-contained HTML file to look at the latents of an SAE.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("sae", help="folder of an SAE, as SAE.save writes it")
-    parser.add_argument("lm", help=f"the language model: {EMBEDDED}, a folder, or a hub id")
-    parser.add_argument("out", type=Path, help="the HTML file to write")
-    parser.add_argument(
-        "--rows", type=int, default=2000, help="rows of text to look for contexts in"
-    )
-    parser.add_argument("--context-size", type=int, default=128, help="tokens of a row")
-    parser.add_argument("--corpus", default="installed", help="text: see jumprelu.load_texts")
-    parser.add_argument("--split", default="validation", help="its split")
-    parser.add_argument("--latents", type=int, nargs="+", metavar="N", help="only these latents")
-    parser.add_argument(
-        "--explanations", type=Path, metavar="CSV", help="columns latent, explanation, score"
-    )
-    parser.add_argument("--title", help="by default what the SAE says of itself")
-    parser.add_argument("--seed", type=int, default=0, help="for the choice of contexts")
+    add = parser.add_argument
+    add("sae", help="folder of an SAE")
+    add("lm", help=f"the language model: {EMBEDDED}, a folder, or a hub id")
+    add("out", type=Path, help="the HTML file to write")
+    add_text_options(parser)
+    add("--latents", type=int, nargs="+", metavar="N", help="only these latents")
+    add("--explanations", type=Path, metavar="CSV", help="columns latent, explanation, score")
+    add("--title", help="by default what the SAE says of itself")
+    add("--seed", type=int, default=0, help="for the choice of contexts")
     given = parser.parse_args(arguments)
     try:
-        sae, lm = load_sae(given.sae), load_lm(given.lm)
+        sae = load(given.sae)
         explanations = read_explanations(given.explanations) if given.explanations else {}
-        if lm.tokenizer is None:
-            raise ValueError(
-                f"{given.lm} has no tokenizer, so no text can be read: give a folder with tokenizer.json"
-            )
-        tokens = tokenize(
-            load_texts(given.corpus, given.split), lm.tokenizer, given.context_size, given.rows
-        )
+        lm, tokens = read_text(given)
         latents = None if given.latents is None else torch.tensor(given.latents)
         contexts = collect(lm, sae, tokens, latents=latents, **SHOWN, seed=given.seed)
         path = write_pages(given.out, sae, lm, contexts, explanations, given.title)
@@ -267,7 +263,3 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(f"{path}: {len(contexts.latents)} latents, {path.stat().st_size / 1e6:.1f} MB")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

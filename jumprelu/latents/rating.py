@@ -1,8 +1,8 @@
 """A blind manual study: do people find latents interpretable? (JumpReLU paper, arXiv 2407.14435,
 the manual study.)
 
-    python -m jumprelu.latents.rating make FOLDER SAE [SAE …]     a page for the raters, and a key for nobody
-    python -m jumprelu.latents.rating score KEY CSV [CSV …]       the key, opened, and what each architecture got
+    python -m jumprelu rate make FOLDER SAE [SAE …]     a page for raters, and a key for nobody
+    python -m jumprelu rate score KEY CSV [CSV …]       the key, opened, and what was said
 
 Notable here:
 - latents are drawn evenly over strata of architecture, site, layer and L0, among those that fire,
@@ -22,25 +22,35 @@ from __future__ import annotations
 import argparse
 import secrets
 import sys
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..corpus import Tokens, load_texts, tokenize
-from ..exchange.loading import load_sae
+from ..corpus import Tokens
 from ..files import digest, sha256, write_json, write_text
-from ..lm import EMBEDDED, LM, load_lm
+from ..lm import EMBEDDED, LM
 from ..sae import SAE
-from .contexts import Choice, Contexts, collect_many, frequencies
-from .verdicts import FORMAT, GROUPS, read_key, report, score, study_id
-from .webpage import layout, narrow, pack, page, shades, token_texts, vocabulary
+from .choosing import Choice
+from .contexts import Contexts, collect_many, frequencies
+from .verdicts import FORMAT, GROUPS, read_key, score, study_id
+from .webpage import (
+    add_text_options,
+    layout,
+    narrow,
+    pack,
+    page,
+    read_text,
+    shades,
+    token_texts,
+    vocabulary,
+)
 
 TARGETS = (20.0, 75.0, 150.0)
 """L0 of the paper's study. An SAE belongs to the target nearest to its own L0 in ratio."""
+TITLE = "What is this feature about?"
 SHOWN = Choice(top=8, quantiles=4, per_quantile=2, negatives=0, window=25)
 
 
@@ -81,30 +91,32 @@ def draw(
     """
     if per_stratum < 1 or not len(saes) or not targets or min(targets) <= 0:
         raise ValueError(
-            f"expected at least one SAE, at least 1 latent a stratum and targets above 0, got {len(saes)} SAEs, "
-            f"{per_stratum} a stratum and targets {list(targets)}"
+            "expected at least one SAE, at least 1 latent a stratum and targets above 0, got "
+            f"{len(saes)} SAEs, {per_stratum} a stratum and targets {list(targets)}"
         )
     generator = torch.Generator().manual_seed(seed)
-    waiting: dict[tuple[Any, ...], list[list[Item]]] = defaultdict(list)
+    waiting: dict[tuple[str, str, int, float], list[list[Item]]] = {}
     for number, (sae, own) in enumerate(zip(saes, frequency, strict=True)):
-        origin, l0 = sae.origin, float(own.sum())
-        if origin.site is None or origin.layer is None:
+        architecture, site, layer = sae.origin.architecture, sae.origin.site, sae.origin.layer
+        if site is None or layer is None:
             raise ValueError(
-                f"SAE number {number + 1} does not say at which site and layer it was trained, which its "
-                "stratum needs"
+                f"SAE number {number + 1} does not say at which site and layer it was trained, "
+                "which its stratum needs"
             )
-        target = min(targets, key=lambda t, l0=l0: abs(np.log(max(l0, 1e-9) / t)))
-        stratum = origin.architecture, origin.site, origin.layer, float(target)
+        l0 = float(own.sum())
+        ratios = np.abs(np.log(max(l0, 1e-9) / np.asarray(targets)))
+        stratum = architecture, site, layer, float(targets[int(ratios.argmin())])
         alive = (own > 0).nonzero().flatten()
         alive = alive[torch.randperm(len(alive), generator=generator)][:per_stratum]
-        waiting[stratum].append([Item(number, latent, *stratum, l0) for latent in alive.tolist()])
+        drawn = [Item(number, latent, *stratum, l0) for latent in alive.tolist()]
+        waiting.setdefault(stratum, []).append(drawn)
     items = []
     for stratum, lists in waiting.items():
         turns = [own[place] for place in range(per_stratum) for own in lists if place < len(own)]
         if len(turns) < per_stratum:
             raise ValueError(
-                f"stratum {stratum} has {len(turns)} latents that fire, {per_stratum} were asked for: lower "
-                "--per-stratum, or read more --rows"
+                f"stratum {stratum} has {len(turns)} latents that fire, {per_stratum} were asked "
+                "for: lower --per-stratum, or read more --rows"
             )
         items += turns[:per_stratum]
     return [items[place] for place in torch.randperm(len(items), generator=generator)]
@@ -118,7 +130,7 @@ def make(
     per_stratum: int = 5,
     targets: Sequence[float] = TARGETS,
     seed: int | None = None,
-    title: str = "What is this feature about?",
+    title: str = TITLE,
 ) -> Study:
     """Draw a study from named SAEs on one model, and write its page and its key to the folder
     `out`.
@@ -147,7 +159,7 @@ def write_study(
     items: Sequence[Item],
     contexts: Mapping[int, Contexts],
     seed: int | None = None,
-    title: str = "What is this feature about?",
+    title: str = TITLE,
     salt: str | None = None,
 ) -> Study:
     """Write the page and the key of `items`, in this order, to the folder `out`, as study-ID.html
@@ -157,34 +169,27 @@ def write_study(
     tests give one.
     """
     salt = salt or secrets.token_hex(16)
-    places = [
-        (contexts[item.sae], contexts[item.sae].latents.tolist().index(item.latent))
-        for item in items
-    ]
-    ids, acts, quantile = (
-        torch.stack([getattr(c, name)[at] for c, at in places])
-        for name in ("tokens", "acts", "quantile")
-    )
+    parts: dict[str, list[torch.Tensor]] = {"tokens": [], "acts": [], "quantile": []}
+    for item in items:
+        own = contexts[item.sae]
+        at = own.latents.tolist().index(item.latent)
+        for name, part in parts.items():
+            part.append(getattr(own, name)[at])
+    ids, acts, quantile = (torch.stack(part) for part in parts.values())
     known, (tokens,) = vocabulary(ids)
-    maximum = acts.clamp_min(0).flatten(1).amax(1)
     arrays = {
         "tokens": narrow(tokens),
-        "acts": shades(acts, maximum),
-        "quantile": quantile.sign().numpy().astype(np.int8),
+        "acts": shades(acts, acts.clamp_min(0).flatten(1).amax(1)),
+        "quantile": quantile.clamp(-2, 1).numpy().astype(np.int8),  # which bin is not told
     }
-    arrays["quantile"][quantile.numpy() < -1] = -2
-    words, packed, names = ["", *token_texts(lm, known)], pack(arrays), list(saes)
-    models = list(saes.values())
+    words, packed = ["", *token_texts(lm, known)], pack(arrays)
+    names, models = list(saes), list(saes.values())
     prints = {place: models[place].fingerprint for place in contexts}
-    sources = [
-        {
-            "item": digest(salt, prints[item.sae], item.latent)[:12],
-            "fingerprint": prints[item.sae],
-            **item._asdict(),
-            "sae": names[item.sae],
-        }
-        for item in items
-    ]
+    sources = []
+    for item in items:
+        id, own = digest(salt, prints[item.sae], item.latent)[:12], item._asdict()
+        own |= {"sae": names[item.sae]}
+        sources.append({"item": id, "fingerprint": prints[item.sae], **own})
     shown = [source["item"] for source in sources]
     if len(set(shown)) < len(shown):
         raise ValueError("a latent is among the items twice: give each one once")
@@ -201,101 +206,63 @@ def write_study(
         "slots": tokens.shape[1],
     }
     paths = Study(Path(out) / f"study-{study}.html", Path(out) / f"key-{study}.json")
-    write_text(
-        paths.page, page("rating", title, {"about": about, "vocabulary": words}, {"items": packed})
+    first = {"about": about, "vocabulary": words}
+    write_text(paths.page, page("rating", title, first, {"items": packed}))
+    note = (
+        "Sealed: says what the raters must not know. `python -m jumprelu rate score` opens it when "
+        "all ratings are in."
     )
-    note = "Sealed: says what the raters must not know. `python -m jumprelu.latents.rating score` opens it when all ratings are in."
-    write_json(paths.key, {"note": note, "study": study, "page_sha256": sha256(paths.page), **key})
+    seal = {"note": note, "study": study, "page_sha256": sha256(paths.page)}
+    write_json(paths.key, seal | key)
     return paths
 
 
 # ---- command line
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, or 2 for an error."""
+def main(arguments: list[str] | None = None, load: Callable[[str | Path], SAE] = SAE.load) -> int:
+    """The command line; returns the exit status: 0, or 2 for an error. load: reads an SAE."""
     parser = argparse.ArgumentParser(
-        prog="python -m jumprelu.latents.rating", description="A blind manual study of latents."
+        prog="python -m jumprelu rate", description="A blind manual study of latents."
     )
     ways = parser.add_subparsers(dest="way", required=True)
+    defaults = argparse.ArgumentDefaultsHelpFormatter
     maker = ways.add_parser(
-        "make",
-        help="write a page for the raters and a sealed key",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "make", help="write a page for the raters and a sealed key", formatter_class=defaults
     )
-    maker.add_argument("out", type=Path, help="folder for the page and the key")
-    maker.add_argument(
-        "saes", nargs="+", type=Path, metavar="SAE", help="folders of SAEs, as SAE.save writes them"
-    )
-    maker.add_argument("--lm", default=EMBEDDED, help="the language model: a folder or a hub id")
-    maker.add_argument(
-        "--per-stratum",
-        type=int,
-        default=5,
-        help="latents of each architecture, site, layer and L0 target",
-    )
-    maker.add_argument(
-        "--targets", type=float, nargs="+", default=list(TARGETS), metavar="L0", help="L0 targets"
-    )
-    maker.add_argument(
-        "--rows", type=int, default=2000, help="rows of text to look for contexts in"
-    )
-    maker.add_argument("--context-size", type=int, default=128, help="tokens of a row")
-    maker.add_argument("--corpus", default="installed", help="text: see jumprelu.load_texts")
-    maker.add_argument("--split", default="validation", help="its split")
-    maker.add_argument("--seed", type=int, help="for draw and order; by default a secret one")
-    maker.add_argument(
-        "--title",
-        default="What is this feature about?",
-        help="title of the page; must not tell the source",
-    )
-    scorer = ways.add_parser("score", help="open the key and count")
-    scorer.add_argument("key", type=Path, help="key-ID.json")
-    scorer.add_argument("csv", nargs="+", type=Path, help="what the raters exported")
-    scorer.add_argument(
-        "--by",
-        nargs="+",
-        default=["architecture"],
-        choices=GROUPS,
-        help="what to count by (default: architecture)",
-    )
-    scorer.add_argument("--partial", action="store_true", help="accept raters who left items out")
-    scorer.add_argument(
-        "--out", type=Path, metavar="CSV", help="write every item with its source and ratings"
-    )
+    add = maker.add_argument
+    add("out", type=Path, help="folder for the page and the key")
+    add("saes", nargs="+", metavar="SAE", help="folders of SAEs")
+    add("--per-stratum", type=int, default=5, help="latents of each stratum")
+    add("--targets", type=float, nargs="+", default=list(TARGETS), metavar="L0", help="L0 targets")
+    add("--seed", type=int, help="for draw and order; by default a secret one")
+    add("--title", default=TITLE, help="title of the page; must not tell the source")
+    add("--lm", default=EMBEDDED, help="the language model: a folder or a hub id")
+    add_text_options(maker)
+    scorer = ways.add_parser("score", help="open the key and count", formatter_class=defaults)
+    add = scorer.add_argument
+    add("key", type=Path, help="key-ID.json")
+    add("csv", nargs="+", type=Path, help="what the raters exported")
+    add("--by", nargs="+", default=["architecture"], choices=GROUPS, help="what to count by")
+    add("--partial", action="store_true", help="accept raters who left items out")
+    add("--out", type=Path, metavar="CSV", help="write every item with its source and ratings")
     given = parser.parse_args(arguments)
     try:
-        print(_make(given) if given.way == "make" else _score(given))
+        if given.way == "make":
+            lm, tokens = read_text(given)
+            saes = {str(folder): load(folder) for folder in given.saes}
+            if len(saes) < len(given.saes):
+                raise ValueError("an SAE is given twice: name each folder once")
+            options = given.per_stratum, given.targets, given.seed, given.title
+            study = make(given.out, lm, saes, tokens, *options)
+            print(f"{study.page}: for the raters")
+            print(f"{study.key}: keep it closed until all ratings are in")
+        else:
+            found = score(read_key(given.key), given.csv, given.by, given.partial)
+            if given.out:
+                found.write(given.out)
+            print(found.report())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _make(given: argparse.Namespace) -> str:
-    lm = load_lm(given.lm)
-    if lm.tokenizer is None:
-        raise ValueError(
-            f"{given.lm} has no tokenizer, so no text can be read: give a folder with tokenizer.json"
-        )
-    saes = {folder.as_posix(): load_sae(folder) for folder in given.saes}
-    if len(saes) < len(given.saes):
-        raise ValueError("an SAE is given twice: name each folder once")
-    tokens = tokenize(
-        load_texts(given.corpus, given.split), lm.tokenizer, given.context_size, given.rows
-    )
-    study = make(
-        given.out, lm, saes, tokens, given.per_stratum, given.targets, given.seed, given.title
-    )
-    return f"{study.page}: for the raters\n{study.key}: keep it closed until all ratings are in"
-
-
-def _score(given: argparse.Namespace) -> str:
-    found = score(read_key(given.key), given.csv, given.by, given.partial)
-    if given.out:
-        found.write(given.out)
-    return report(found)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

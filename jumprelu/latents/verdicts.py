@@ -2,14 +2,13 @@
 agreement.
 
 Notable here:
-- a file is taken whole or refused with its name and line: unknown or repeated items, another
-  study's id, a rating that is none, columns that lack, a checksum that does not fit. Nothing is
-  repaired.
-- the key is checked first: a study's id is a digest of what its key says, so a key that was edited
-  fits no rating.
+- a file is taken whole or refused with its name and line; nothing is repaired.
+- a study's id is a digest of what its key says, so a key that was edited fits no rating.
 - spreadsheets take a cell that begins with = + - @ for a formula. Such cells carry an apostrophe in
   front, here and in the raters' files (OWASP, "CSV Injection"); so does a cell that begins with an
   apostrophe, so that reading takes one away for sure.
+- agreement is Krippendorff's alpha = 1 − D_o/D_e, from the matrix of coincidences (Krippendorff,
+  "Computing Krippendorff's Alpha-Reliability", 2011, sections A to D).
 """
 
 from __future__ import annotations
@@ -20,14 +19,15 @@ import zlib
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from ..files import digest, read_json, write_text
 from ..intervals import share_interval
-from .agreement import LEVELS, krippendorff_alpha, pairwise_agreement
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FORMAT = 1
 RATINGS = ("NO", "MAYBE", "YES")
@@ -35,6 +35,8 @@ RATINGS = ("NO", "MAYBE", "YES")
 COLUMNS = ("study", "item", "rating", "explanation", "rater", "time", "checksum")
 GROUPS = ("architecture", "site", "layer", "target", "sae")
 """What counts can be taken by."""
+LEVELS = ("nominal", "ordinal")
+"""How alpha takes ratings: as names, or as ranks."""
 ACTIVE = tuple("=+-@＝＋－＠'\t\r")
 """What a guarded cell does not begin with."""
 
@@ -58,18 +60,31 @@ class Scored(NamedTuple):
     """Columns of the groups, then rating, count, n (latents), share, low, high (exact 95 %
     interval)."""
     alpha: dict[str, float]
-    """Krippendorff's alpha, "nominal" and "ordinal"; NaN with one rater, or where all say the
-    same."""
-    pairs: pd.DataFrame
-    """Pairs of raters: see :func:`jumprelu.latents.agreement.pairwise_agreement`."""
+    """Krippendorff's alpha by LEVELS; NaN with one rater, or where all say the same."""
     raters: tuple[str, ...]
 
     def write(self, path: str | Path) -> None:
         """Write `items` as a CSV that is safe to open in a spreadsheet."""
-        frame = self.items.map(lambda cell: guard(cell) if isinstance(cell, str) else cell).rename(
-            columns=guard
-        )
-        write_text(path, frame.to_csv(index=False, lineterminator="\n"))
+        frame = self.items.map(lambda cell: guard(cell) if isinstance(cell, str) else cell)
+        text = frame.rename(columns=guard).to_csv(index=False, lineterminator="\n")
+        write_text(path, text)
+
+    def report(self) -> str:
+        """Counts and agreement as a text."""
+        shares = self.shares.to_string(index=False, float_format="{:.3f}".format)
+        lines = [
+            f"{len(self.items)} items, {len(self.raters)} raters. "
+            "Latents by the median of their ratings:",
+            shares,
+            "",
+        ]
+        for level, value in self.alpha.items():
+            said = "not defined for these ratings" if np.isnan(value) else f"{value:.3f}"
+            lines.append(f"Krippendorff's alpha, {level}: {said}")
+        return "\n".join(lines)
+
+
+# ---- the key
 
 
 def study_id(key: dict[str, Any]) -> str:
@@ -85,21 +100,35 @@ def read_key(path: str | Path) -> dict[str, Any]:
     needed = {"format", "salt", "seed", "digest", "items", "study"}
     if not isinstance(key, dict) or not needed <= set(key):
         raise ValueError(
-            f"{path} is not the key of a study: expected a JSON object with {', '.join(sorted(needed))}"
+            f"{path} is not the key of a study: expected a JSON object with "
+            f"{', '.join(sorted(needed))}"
         )
     if key["format"] != FORMAT:
         raise ValueError(f"{path} has format {key['format']!r}, this version reads {FORMAT}")
     if study_id(key) != key["study"]:
         raise ValueError(
-            f"{path} was changed after the study was made: its content gives the id {study_id(key)}, it says "
-            f"{key['study']}; use the file as it was written"
+            f"{path} was changed after the study was made: its content gives the id "
+            f"{study_id(key)}, it says {key['study']}; use the file as it was written"
         )
     return key
+
+
+# ---- raters' files
 
 
 def guard(text: str) -> str:
     """`text` as a cell that no spreadsheet takes for a formula."""
     return "'" + text if text.startswith(ACTIVE) else text
+
+
+def _unguarded(cell: str) -> str:
+    if cell.startswith("'"):
+        return cell[1:]
+    if cell.startswith(ACTIVE):
+        raise ValueError(
+            f"the cell {cell[:20]!r} begins like a formula, which the page never writes"
+        )
+    return cell
 
 
 def checksum(start: int, fields: Sequence[str]) -> int:
@@ -121,75 +150,64 @@ def read_ratings(path: str | Path, key: dict[str, Any]) -> Ratings:
             f"{path} is not UTF-8 text ({error}): hand in the file as the page exported it"
         ) from error
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    items, raters, found = {item["item"] for item in key["items"]}, set(), Ratings("", {}, {})
-    crc = zlib.crc32((key["study"] + key["digest"]).encode())
+    found, crc = Ratings("", {}, {}), zlib.crc32((key["study"] + key["digest"]).encode())
     try:
         header = next(reader, [])
         if tuple(header) != COLUMNS:
             raise ValueError(
                 f"the columns are {', '.join(header) or 'none'}; expected {', '.join(COLUMNS)}"
             )
-        for row in reader:
-            if len(row) != len(COLUMNS):
-                raise ValueError(f"{len(row)} cells, expected {len(COLUMNS)}")
-            fields = [_unguarded(cell) for cell in row]
+        for cells in reader:
+            if len(cells) != len(COLUMNS):
+                raise ValueError(f"{len(cells)} cells, expected {len(COLUMNS)}")
+            fields = [_unguarded(cell) for cell in cells]
             crc = checksum(crc, fields[:-1])
-            _check_row(
-                dict(zip(COLUMNS, fields, strict=True)), key["study"], items, found, raters, crc
-            )
+            row = dict(zip(COLUMNS, fields, strict=True))
+            if problem := _problem(row, key, found, f"{crc:08x}"):
+                raise ValueError(problem)
+            found = found._replace(rater=row["rater"])
+            found.ratings[row["item"]] = row["rating"]
+            found.explanations[row["item"]] = row["explanation"]
     except (ValueError, csv.Error) as error:
         raise ValueError(
-            f"{path}, line {max(1, reader.line_num)}: {error}. Hand in the file as the page exported it, "
-            "not saved from a spreadsheet"
+            f"{path}, line {max(1, reader.line_num)}: {error}. Hand in the file as the page "
+            "exported it, not saved from a spreadsheet"
         ) from error
-    if not raters:
+    if not found.rater:
         raise ValueError(f"{path} holds no rating")
-    return found._replace(rater=raters.pop())
+    return found
 
 
-def _unguarded(cell: str) -> str:
-    if cell.startswith("'"):
-        return cell[1:]
-    if cell.startswith(ACTIVE):
-        raise ValueError(
-            f"the cell {cell[:20]!r} begins like a formula, which the page never writes"
-        )
-    return cell
+def _problem(row: dict[str, str], key: dict[str, Any], found: Ratings, crc: str) -> str:
+    """Why a row does not belong; "" if it does."""
+    item, rating, rater, time = row["item"], row["rating"], row["rater"], row["time"]
+    ratings, given = ", ".join(RATINGS), row["checksum"]
+    checks = [
+        (row["study"] != key["study"], f"it is of study {row['study']!r}, not {key['study']!r}"),
+        (all(item != known["item"] for known in key["items"]), f"unknown item {item!r}"),
+        (item in found.ratings, f"item {item} is rated a second time"),
+        (rating not in RATINGS, f"the rating is {rating!r}, expected one of {ratings}"),
+        (not rater.strip(), "no rater is named"),
+        (found.rater not in ("", rater), f"the rater is {rater!r}: one file holds one rater"),
+        (not _is_time(time), f"the time is {time!r}, expected one like 2026-01-31T12:00:00.000Z"),
+        (
+            given != crc,
+            f"the checksum is {given!r}, the rows up to here give {crc}: this row or one above was "
+            "changed, moved or left out",
+        ),
+    ]
+    return next((text for wrong, text in checks if wrong), "")
 
 
-def _check_row(
-    row: dict[str, str], study: str, items: set[str], found: Ratings, raters: set[str], crc: int
-) -> None:
-    """Raise ValueError for a row that does not belong; else enter it into `found` and `raters`."""
-    item = row["item"]
-    if row["study"] != study:
-        raise ValueError(f"it is of study {row['study']!r}, the key of {study!r}")
-    if item not in items:
-        raise ValueError(f"unknown item {item!r}")
-    if item in found.ratings:
-        raise ValueError(f"item {item} is rated a second time")
-    if row["rating"] not in RATINGS:
-        raise ValueError(f"the rating is {row['rating']!r}, expected one of {', '.join(RATINGS)}")
-    if not row["rater"].strip():
-        raise ValueError("no rater is named")
-    if raters - {row["rater"]}:
-        raise ValueError(
-            f"the rater is {row['rater']!r}, above {next(iter(raters))!r}: one file holds one rater"
-        )
+def _is_time(text: str) -> bool:
     try:
-        datetime.fromisoformat(row["time"])
+        datetime.fromisoformat(text)
     except ValueError:
-        raise ValueError(
-            f"the time is {row['time']!r}, expected one like 2026-01-31T12:00:00.000Z"
-        ) from None
-    if row["checksum"] != f"{crc:08x}":
-        raise ValueError(
-            f"the checksum is {row['checksum']!r}, the rows up to here give {crc:08x}: this row or one above "
-            "was changed, moved or left out"
-        )
-    raters.add(row["rater"])
-    found.ratings[item] = row["rating"]
-    found.explanations[item] = row["explanation"]
+        return False
+    return True
+
+
+# ---- counts and agreement
 
 
 def score(
@@ -206,66 +224,69 @@ def score(
     Raises ValueError for a file that :func:`read_ratings` refuses, a rater who is there twice, or
     missing ratings.
     """
+    import pandas as pd
+
     if unknown := set(by) - set(GROUPS):
         raise ValueError(
             f"cannot count by {', '.join(sorted(unknown))}: expected some of {', '.join(GROUPS)}"
         )
-    files, order = {}, [item["item"] for item in key["items"]]
+    files: dict[str, Ratings] = {}
+    order = [item["item"] for item in key["items"]]
     for path in paths:
         own = read_ratings(path, key)
         if own.rater in files:
-            raise ValueError(
-                f"{path} is of the rater {own.rater!r}, as is a file before it: give one file a rater"
-            )
+            raise ValueError(f"{path} is a second file of {own.rater!r}: give one file a rater")
         if not partial and len(own.ratings) < len(order):
             raise ValueError(
-                f"{path} has {len(own.ratings)} of {len(order)} items: let {own.rater} finish, or allow it "
-                "with --partial"
+                f"{path} has {len(own.ratings)} of {len(order)} items: let {own.rater} finish, or "
+                "allow it with --partial"
             )
         files[own.rater] = own
     if not files:
         raise ValueError("no ratings given: expected at least one CSV file")
-    ranks = {rating: rank for rank, rating in enumerate(RATINGS)}
+    ranks = {rating: float(rank) for rank, rating in enumerate(RATINGS)}
     table = np.array(
         [[ranks.get(own.ratings.get(item, ""), np.nan) for item in order] for own in files.values()]
     )
     items = pd.DataFrame(key["items"])
-    # inverted_cdf: an existing rank, the lower one of two in the middle
-    items["verdict"] = [
-        RATINGS[int(np.quantile(given, 0.5, method="inverted_cdf"))] if len(given) else ""
-        for given in (column[~np.isnan(column)] for column in table.T)
-    ]
+    items["verdict"] = [_median(column[~np.isnan(column)]) for column in table.T]
     for rater, own in files.items():
         items[f"rating: {rater}"] = [own.ratings.get(item, "") for item in order]
         items[f"explanation: {rater}"] = [own.explanations.get(item, "") for item in order]
-    alpha = {level: krippendorff_alpha(table, level) for level in LEVELS}
-    return Scored(
-        items, _shares(items, list(by)), alpha, pairwise_agreement(table, list(files)), tuple(files)
-    )
-
-
-def _shares(items: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     rows = []
-    for group, part in items[items.verdict != ""].groupby(by):
+    for group, part in items[items.verdict != ""].groupby(list(by)):
         for rating in reversed(RATINGS):
             count = int((part.verdict == rating).sum())
             rows.append((*group, rating, count, len(part), *share_interval(count, len(part))))
-    return pd.DataFrame(rows, columns=[*by, "rating", "count", "n", "share", "low", "high"])
+    shares = pd.DataFrame(rows, columns=[*by, "rating", "count", "n", "share", "low", "high"])
+    alpha = {level: krippendorff_alpha(table, level) for level in LEVELS}
+    return Scored(items, shares, alpha, tuple(files))
 
 
-def report(found: Scored) -> str:
-    """What the command line prints."""
-    number = "{:.3f}".format
-    lines = [
-        f"{len(found.items)} items, {len(found.raters)} raters. Latents by the median of their ratings:",
-        found.shares.to_string(index=False, float_format=number),
-        "",
-    ]
-    for level, value in found.alpha.items():
-        lines.append(
-            f"Krippendorff's alpha, {level}: "
-            + ("not defined for these ratings" if np.isnan(value) else number(value))
-        )
-    if len(found.pairs):
-        lines += ["", "Pairs of raters:", found.pairs.to_string(index=False, float_format=number)]
-    return "\n".join(lines)
+def _median(ranks: np.ndarray) -> str:
+    """The rating in the middle, the lower one of two; "" for none."""
+    return RATINGS[int(np.sort(ranks)[(len(ranks) - 1) // 2])] if len(ranks) else ""
+
+
+def krippendorff_alpha(ratings: np.ndarray, level: str = "nominal") -> float:
+    """Alpha of `ratings`, float [raters, items]; NaN: not rated. For "ordinal", greater numbers are
+    higher ranks. 1 is full agreement, 0 what chance gives. Items with one rating are left out.
+
+    NaN where it is not defined: no item with two ratings, or one value for all. Raises ValueError
+    for an unknown level.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"unknown level {level!r}: expected one of {', '.join(LEVELS)}")
+    ratings = np.asarray(ratings, dtype=float)
+    values = np.unique(ratings[~np.isnan(ratings)])
+    counts = (ratings[:, :, None] == values).sum(0)  # [items, values]
+    counts = counts[counts.sum(1) > 1]
+    weight = 1 / (counts.sum(1) - 1)
+    coincidences = (counts * weight[:, None]).T @ counts - np.diag(weight @ counts)
+    total = coincidences.sum(1)  # of each value, the ratings that have a partner
+    distance = 1.0 - np.eye(len(total))
+    if level == "ordinal":  # the square of the ratings between two values, both ends counted half
+        middle = np.cumsum(total) - total / 2
+        distance = np.square(middle[:, None] - middle)
+    expected = (np.outer(total, total) * distance).sum() / (total.sum() - 1) if len(counts) else 0.0
+    return float("nan") if expected == 0 else float(1 - (coincidences * distance).sum() / expected)

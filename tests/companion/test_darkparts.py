@@ -17,12 +17,13 @@ from companion.dark.darkparts import (
 )
 from companion.dark.darkstudy import random_sae
 from companion.dark.downstream import splice_variants
+from companion.dark.errors import regress_errors
 from models import random_ids, tiny_lm
 
 import jumprelu as jr
 from jumprelu.activations import activations_from_tensor, add_shard, open_activations, start_store
 from jumprelu.corpus import Tokens
-from jumprelu.dark.darkmatter import decompose, linear_error, nonlinear_error, regress_errors, split
+from jumprelu.dark.darkmatter import decompose, linear_error, nonlinear_error, split
 from jumprelu.dark.pursuit import pursue
 from jumprelu.dark.regression import Linear
 

@@ -8,19 +8,9 @@ import pytest
 import torch
 
 from jumprelu.corpus import Tokens
-from jumprelu.latents import contexts
-from jumprelu.latents.contexts import (
-    BINS,
-    EMPTY,
-    NEGATIVE,
-    OVERSAMPLE,
-    TOP,
-    Choice,
-    collect,
-    collect_many,
-    frequencies,
-    uniform,
-)
+from jumprelu.latents import choosing, contexts
+from jumprelu.latents.choosing import EMPTY, NEGATIVE, OVERSAMPLE, TOP, Choice, uniform
+from jumprelu.latents.contexts import BINS, collect, collect_many, frequencies
 from jumprelu.sae import SAE, Origin
 from jumprelu.sites import capture
 from tests.models import random_ids, tiny_lm
@@ -100,7 +90,7 @@ def reference(f, tokens, latent, choice):
     silent = []
     for row in range(len(tokens)):
         ordinary = [p for r, p in values if r == row]
-        for attempt in range(contexts.ATTEMPTS):
+        for attempt in range(choosing.ATTEMPTS):
             position = ordinary[int(key(2 + attempt, latent, row) * len(ordinary))]
             if f[row, max(0, position - 3) : position + 4, latent].max() == 0:
                 silent.append((row, position))
@@ -113,9 +103,9 @@ def reference(f, tokens, latent, choice):
 
 
 @pytest.mark.parametrize("k", [None, 3])
-@pytest.mark.parametrize("batch_rows, waiting", [(1, 0), (4, 100), (30, contexts.WAITING)])
+@pytest.mark.parametrize("batch_rows, waiting", [(1, 0), (4, 100), (30, choosing.WAITING)])
 def test_contexts_equal_a_brute_force_reference(setting, k, batch_rows, waiting, monkeypatch):
-    monkeypatch.setattr(contexts, "WAITING", waiting)
+    monkeypatch.setattr(choosing, "WAITING", waiting)
     lm, _, tokens = setting
     sae = random_sae(lm.d_model, k=k)
     found = collect(lm, sae, tokens, batch_rows=batch_rows, **SMALL)

@@ -9,8 +9,6 @@ import transformers
 
 from jumprelu.latents.explain import (
     Explanation,
-    Features,
-    Pieces,
     Rule,
     RuleExplainer,
     Windows,
@@ -18,9 +16,9 @@ from jumprelu.latents.explain import (
     _cut,
     _levelled,
     _Search,
-    features,
     holds,
 )
+from jumprelu.latents.token_features import Features, Pieces, features
 from tests.models import tiny_tokenizer
 
 

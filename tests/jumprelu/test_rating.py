@@ -19,9 +19,15 @@ from latents import hostile_contexts, hostile_lm, random_sae
 from models import D_MODEL, random_ids, save_tiny
 
 from jumprelu.latents import rating, verdicts
-from jumprelu.latents.agreement import krippendorff_alpha, pairwise_agreement
 from jumprelu.latents.rating import Item, draw, make, write_study
-from jumprelu.latents.verdicts import RATINGS, guard, read_key, read_ratings, score
+from jumprelu.latents.verdicts import (
+    RATINGS,
+    guard,
+    krippendorff_alpha,
+    read_key,
+    read_ratings,
+    score,
+)
 
 NONE = float("nan")
 
@@ -78,19 +84,6 @@ def test_alpha_is_unknown_where_nothing_can_differ():
     )
     with pytest.raises(ValueError, match="expected one of nominal, ordinal"):
         krippendorff_alpha(table("01 10"), "ratio")
-
-
-def test_pairs_of_raters():
-    found = pairwise_agreement(table("0120 0121 ...0"), ["a", "b", "c"]).set_index(
-        ["first", "second"]
-    )
-    assert found.loc[("a", "b"), ["items", "agree"]].tolist() == [4, 0.75]
-    assert (
-        found.loc[("a", "c"), ["items", "agree"]].tolist() == [1, 1]
-        and found.loc[("b", "c"), "agree"] == 0
-    )
-    assert found.loc[("a", "c"), "low"] == pytest.approx(0.025)  # Clopper–Pearson: (α/2)^(1/n)
-    assert np.isnan(pairwise_agreement(table("0. .0"), ["a", "b"]).agree.item())
 
 
 # ---- drawing
@@ -364,7 +357,6 @@ def test_scores_are_counts_of_median_ratings_with_exact_intervals(study, tmp_pat
     assert found.alpha == {
         level: krippendorff_alpha(ranks, level) for level in ("nominal", "ordinal")
     }
-    assert found.pairs.agree.tolist() == [0.5, 0.5, 0.5]
     assert score(key, paths[:2]).items.verdict.tolist() == [
         "YES",
         "MAYBE",
@@ -372,9 +364,8 @@ def test_scores_are_counts_of_median_ratings_with_exact_intervals(study, tmp_pat
         "MAYBE",
     ]  # the lower of two
     assert len(score(key, paths, by=["site", "target"]).shares) == 3
-    assert "alpha, nominal: 0." in verdicts.report(found) and "not defined" in verdicts.report(
-        score(key, paths[:1])
-    )
+    assert "alpha, nominal: 0." in found.report()
+    assert "not defined" in score(key, paths[:1]).report()
 
 
 def test_ratings_that_lack_or_come_twice(study, tmp_path):

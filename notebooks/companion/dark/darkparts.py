@@ -20,7 +20,6 @@ from jumprelu.dark.darkmatter import (
     decompose,
     linear_error,
     nonlinear_error,
-    regress_errors,
 )
 from jumprelu.dark.pursuit import pursue
 from jumprelu.dark.regression import Linear
@@ -31,6 +30,7 @@ from jumprelu.sae import SAE
 
 from .darkstudy import STATISTICS
 from .downstream import Spliced, splice_variants
+from .errors import regress_errors
 
 # ---- SAEs on parts of the error
 

@@ -18,11 +18,8 @@ from jumprelu.corpus import Tokens
 from jumprelu.dark.darkmatter import (
     NORMS,
     HeldOut,
-    Predicted,
     Split,
     TokenNorms,
-    breakdown,
-    predict_scalar,
     stream,
 )
 from jumprelu.dark.regression import Linear
@@ -33,6 +30,7 @@ from jumprelu.sae import SAE
 
 from ..rails.by_seed import Statistic, settings
 from ..rails.lm_loss import token_losses
+from .errors import Predicted, breakdown, predict_scalar
 
 STATISTICS: dict[str, Statistic] = {
     "fvu": HeldOut.fvu,

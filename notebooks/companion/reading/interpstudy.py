@@ -12,14 +12,7 @@ from jumprelu.corpus import Tokens
 from jumprelu.harvest import harvest
 from jumprelu.intervals import Interval, over_seeds
 from jumprelu.latents.attribution import Uniformity, token_uniformity
-from jumprelu.latents.interp import (
-    EDGES,
-    activations,
-    neurons,
-    random_directions,
-    random_weights,
-    summary,
-)
+from jumprelu.latents.interp import EDGES
 from jumprelu.lm import LM
 from jumprelu.sae import SAE
 from jumprelu.train import train
@@ -27,6 +20,8 @@ from jumprelu.train import train
 from ..rails.by_seed import settings
 from ..rails.cache import remember
 from ..rails.study import Sweep
+from .baselines import activations, neurons, random_directions, random_weights
+from .summaries import summary
 
 BASELINES = ("random directions", "neurons", "random weights")
 
