@@ -8,8 +8,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from companion.reading import concepts as rules
 from companion.reading import editing
-from companion.reading.editing import RULES, Concept, Row
+from companion.reading import positions as found_at
+from companion.reading.concepts import RULES, Concept
+from companion.reading.positions import Row
 from models import FAMILIES, random_ids, tiny_lm, tiny_tokenizer
 
 from jumprelu.corpus import Tokens
@@ -71,7 +74,7 @@ def test_a_copy_is_edited_as_if_it_were_the_end_of_its_row_alone(family, site, l
     row = a_row(lm, [2, 7, 10], layers=[n for n in (0, 1) if resume])
     factor = torch.tensor([1.0, 0.3, -2.0, 0.5])
     with torch.no_grad():
-        found = editing.copied_logits(
+        found = found_at.copied_logits(
             lm, row, row.at[[0, 1, 2, 1]], lambda x: factor[:, None] * x + 1, (site, layer)
         )
     for logits, t, a in zip(found, (2, 7, 10, 7), factor, strict=True):
@@ -91,7 +94,7 @@ def test_an_attribution_is_what_the_log_odds_lose_by_a_small_part_of_the_latent(
     sae, row, answer = (
         an_sae(lm, site, layer).double(),
         a_row(lm, [4, 9]),
-        editing._answers(lm, CONCEPTS),
+        found_at.answer_table(lm, CONCEPTS),
     )
     x, gradient = editing.gradients(lm, [row], answer, (site, layer))
     y = (sae.encode(x) * (gradient @ sae.W_dec.T)).detach()
@@ -103,7 +106,7 @@ def test_an_attribution_is_what_the_log_odds_lose_by_a_small_part_of_the_latent(
                 def fn(x):
                     return x - part * sae.encode(x)[latent] * sae.W_dec[latent]
 
-                return editing.log_odds(
+                return found_at.log_odds(
                     by_hand(lm, row.ids, t, fn, site, layer).double(), answer[row.concept[number]]
                 )
 
@@ -116,10 +119,10 @@ def test_an_attribution_is_what_the_log_odds_lose_by_a_small_part_of_the_latent(
 @pytest.mark.parametrize("to", [0.0, 0.1])
 @pytest.mark.parametrize(("site", "layer"), PLACES)
 def test_an_edit_is_a_splice_that_takes_the_latents_away_and_nothing_else(site, layer, to):
-    lm, answer = an_lm(), editing._answers(an_lm(), CONCEPTS)
+    lm, answer = an_lm(), found_at.answer_table(an_lm(), CONCEPTS)
     sae = an_sae(lm, site, layer)
     tokens = Tokens(random_ids(6, 12, seed=3), torch.tensor([0, 0, 1, 1, 5, 5]))
-    rows = editing.find_positions(lm, tokens, CONCEPTS, [0, 1], most=9)
+    rows = found_at.find_positions(lm, tokens, CONCEPTS, [0, 1], most=9)
     sets = (
         torch.rand(2, 1, 3, sae.d_sae, generator=torch.Generator().manual_seed(0))
         < torch.tensor([0.0, 0.3, 1.0])[:, None]
@@ -148,9 +151,9 @@ def test_an_edit_is_a_splice_that_takes_the_latents_away_and_nothing_else(site, 
                     lm, row.ids, t, lambda x, c=c, k=k: fn(x, sets[1 - c, 0, k]), site, layer
                 )
                 expected["changed"][c, 0, k] += not answer[c, own.argmax()]
-                expected["fall"][c, 0, k] += editing.log_odds(clean, answer[c]) - editing.log_odds(
-                    own, answer[c]
-                )
+                expected["fall"][c, 0, k] += found_at.log_odds(
+                    clean, answer[c]
+                ) - found_at.log_odds(own, answer[c])
                 target = row.ids[t + 1]
                 expected["rise"][1 - c, 0, k] += F.cross_entropy(other, target) - F.cross_entropy(
                     clean, target
@@ -164,10 +167,10 @@ def test_an_edit_is_a_splice_that_takes_the_latents_away_and_nothing_else(site, 
 
 
 def test_positions_are_those_where_text_and_model_give_an_answer():
-    lm, answer = an_lm(), editing._answers(an_lm(), CONCEPTS)
+    lm, answer = an_lm(), found_at.answer_table(an_lm(), CONCEPTS)
     tokens = Tokens(random_ids(8, 12, seed=5), torch.arange(8))
     ruled = [CONCEPTS[0], CONCEPTS[1]._replace(rule=lambda text: len(text) % 2 == 0)]
-    rows = editing.find_positions(lm, tokens, ruled, most=4)
+    rows = found_at.find_positions(lm, tokens, ruled, most=4)
     with torch.no_grad():
         top = lm.model(tokens.ids, use_cache=False).logits.argmax(-1)
     expected = {}
@@ -184,7 +187,7 @@ def test_positions_are_those_where_text_and_model_give_an_answer():
     with pytest.raises(
         ValueError, match="no position of never at which the model is right in 8 rows"
     ):
-        editing.find_positions(lm, tokens, [*ruled, never])
+        found_at.find_positions(lm, tokens, [*ruled, never])
 
 
 @pytest.mark.parametrize(
@@ -192,7 +195,7 @@ def test_positions_are_those_where_text_and_model_give_an_answer():
     [("f(a[1], {", "{"), ("f(a[1], ", "("), ("f(a)", ""), (") x[", "["), ("f(]", "(")],
 )
 def test_the_innermost_open_bracket(text, bracket):
-    assert editing.open_bracket(text) == bracket
+    assert rules.open_bracket(text) == bracket
 
 
 @pytest.mark.parametrize(
@@ -221,16 +224,16 @@ def test_rules_by_hand(name, holds, fails):
 
 def test_answers_are_the_tokens_that_match():
     some = {name: RULES[name] for name in ("closing )", 'closing "')}
-    concepts = editing.python_concepts(tiny_tokenizer(), some)
+    concepts = rules.python_concepts(tiny_tokenizer(), some)
     assert [tiny_tokenizer().decode(concept.answers.tolist()) for concept in concepts] == [")", '"']
     with pytest.raises(ValueError, match="no token of this tokenizer matches .*self"):
-        editing.python_concepts(tiny_tokenizer())
+        rules.python_concepts(tiny_tokenizer())
 
 
 def test_log_odds_by_hand():
     p = torch.tensor([0.5, 0.2, 0.2, 0.1])
     answer = torch.tensor([True, False, True, False])
-    assert editing.log_odds(p.log() + 3, answer).item() == pytest.approx(
+    assert found_at.log_odds(p.log() + 3, answer).item() == pytest.approx(
         math.log(0.7 / 0.3), rel=1e-5
     )
 

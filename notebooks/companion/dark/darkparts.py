@@ -24,13 +24,13 @@ from jumprelu.dark.darkmatter import (
 from jumprelu.dark.pursuit import pursue
 from jumprelu.dark.regression import Linear
 from jumprelu.files import digest, tensor_digest
-from jumprelu.intervals import Interval, over_seeds
+from jumprelu.intervals import over_seeds
 from jumprelu.lm import LM
 from jumprelu.sae import SAE
 
 from .darkstudy import STATISTICS
 from .downstream import Spliced, splice_variants
-from .errors import regress_errors
+from .errors import Predicted, regress_errors
 
 # ---- SAEs on parts of the error
 
@@ -106,12 +106,10 @@ def purity(sae: SAE, acts: Activations, top: int = 20) -> pd.DataFrame:
         for some, of in zip(shard.activations.split(2**13), shard.ids.split(2**13), strict=True):
             found = sae.encode(some, sparse=True)
             token, latent = found.indices()
-            (
-                tokens.append(token + first),
-                latents.append(latent),
-                values.append(found.values()),
-                ids.append(of),
-            )
+            tokens.append(token + first)
+            latents.append(latent)
+            values.append(found.values())
+            ids.append(of)
             first += len(some)
     ids = torch.cat(ids).numpy()
     table = pd.DataFrame(
@@ -133,6 +131,58 @@ def purity(sae: SAE, acts: Activations, top: int = 20) -> pd.DataFrame:
 
 
 # ---- what they do, and what explains them
+
+
+class WithPart(NamedTuple):
+    """x → Sae(x) + one part of the SAE's error, "linear" or "nonlinear"; [n, d_in] each."""
+
+    sae: SAE
+    linear: Linear
+    part: str
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.part == "linear":
+            return self.sae(x) + linear_error(x, self.linear)
+        return self.sae(x) + nonlinear_error(x, self.sae, self.linear)
+
+
+def _alone(one: Spliced, weights: torch.Tensor, part: str, other: str) -> torch.Tensor:
+    return one.share(weights, part, "both")
+
+
+def _restored(one: Spliced, weights: torch.Tensor, part: str, other: str) -> torch.Tensor:
+    return 1 - one.share(weights, other, "both")
+
+
+def _harm(one: Spliced, weights: torch.Tensor, part: str, other: str) -> torch.Tensor:
+    return (1 + one.share(weights, part, "both") - one.share(weights, other, "both")) / 2
+
+
+def _size(one: Spliced, weights: torch.Tensor, part: str, other: str) -> torch.Tensor:
+    return one.size(weights, part, "both")
+
+
+def _over_size(
+    quantity: Callable[..., torch.Tensor],
+    one: Spliced,
+    weights: torch.Tensor,
+    part: str,
+    other: str,
+) -> torch.Tensor:
+    return quantity(one, weights, part, other) / _size(one, weights, part, other)
+
+
+QUANTITIES: dict[str, Callable[..., torch.Tensor]] = {
+    "harm": _harm,
+    "alone": _alone,
+    "restored": _restored,
+    "size": _size,
+    "harm over size": functools.partial(_over_size, _harm),
+    "alone over size": functools.partial(_over_size, _alone),
+    "restored over size": functools.partial(_over_size, _restored),
+}
+"""Name → (what was spliced, weights of documents, part that is missing, the other one) → [draws];
+see :func:`harm_table`."""
 
 
 def harm_table(
@@ -162,39 +212,17 @@ def harm_table(
     for sae, linear in zip(saes, linears, strict=True):
         variants = {
             "both": sae,
-            "nonlinear": lambda x, sae=sae, linear=linear: sae(x) + linear_error(x, linear),
-            "linear": lambda x, sae=sae, linear=linear: sae(x) + nonlinear_error(x, sae, linear),
+            "nonlinear": WithPart(sae, linear, "linear"),
+            "linear": WithPart(sae, linear, "nonlinear"),
         }
         spliced.append(splice_variants(lm, tokens, variants, site, layer, start))
-
-    def of(statistic: Callable[[Spliced, torch.Tensor], torch.Tensor]) -> Interval:
-        return over_seeds(
-            [functools.partial(statistic, one) for one in spliced], len(spliced[0].tokens), draws
-        )
-
-    rows = [("both", "rise", *of(lambda one, w: one.rise(w, "both")))]
+    documents = len(spliced[0].tokens)
+    rise = [functools.partial(Spliced.rise, one, name="both") for one in spliced]
+    rows = [("both", "rise", *over_seeds(rise, documents, draws))]
     for part, other in (("linear", "nonlinear"), ("nonlinear", "linear")):
-
-        def size(one: Spliced, w: torch.Tensor, part=part) -> torch.Tensor:
-            return one.size(w, part, "both")
-
-        def harm(one: Spliced, w: torch.Tensor, part=part, other=other) -> torch.Tensor:
-            return (1 + one.share(w, part, "both") - one.share(w, other, "both")) / 2
-
-        quantities = {
-            "harm": harm,
-            "alone": lambda one, w, part=part: one.share(w, part, "both"),
-            "restored": lambda one, w, other=other: 1 - one.share(w, other, "both"),
-            "size": size,
-            "harm over size": lambda one, w, harm=harm, size=size: harm(one, w) / size(one, w),
-            "alone over size": lambda one, w, part=part, size=size: (
-                one.share(w, part, "both") / size(one, w)
-            ),
-            "restored over size": lambda one, w, other=other, size=size: (
-                (1 - one.share(w, other, "both")) / size(one, w)
-            ),
-        }
-        rows += [(part, name, *of(statistic)) for name, statistic in quantities.items()]
+        for name, quantity in QUANTITIES.items():
+            of = [functools.partial(quantity, one, part=part, other=other) for one in spliced]
+            rows.append((part, name, *over_seeds(of, documents, draws)))
     return pd.DataFrame(rows, columns=["missing", "quantity", "mean", "low", "high"])
 
 
@@ -211,12 +239,21 @@ class Pursued(NamedTuple):
         return STATISTICS[name](self.pursuit, weights) / STATISTICS[name](self.encoder, weights)
 
 
+class ByPursuit(NamedTuple):
+    """x → the decoding of the code that pursuit finds."""
+
+    sae: SAE
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.sae.decode(pursue(self.sae, x))
+
+
 def pursue_all(saes: Sequence[SAE], acts: Activations, parts: Split) -> list[Pursued]:
     """Both ways to a code for each SAE, at equal L0 token by token
     (:func:`jumprelu.dark.pursuit.pursue`)."""
     found = []
     for sae in saes:
-        ways = {"encoder": sae, "pursuit": lambda x, sae=sae: sae.decode(pursue(sae, x))}
+        ways = {"encoder": sae, "pursuit": ByPursuit(sae)}
         encoder, pursuit = decompose(acts, ways, parts, device="cpu")[0].values()
         found.append(Pursued(encoder.test, pursuit.test, encoder.linear))
     return found
@@ -283,10 +320,12 @@ def source_table(
             for vector in found[0]
         ]
         beyond = [
-            lambda w, each=each, one=one: (
-                each["nonlinear"].r2(w) - 1 + one.ratio(w, "fvu_nonlinear")
-            )
+            functools.partial(_beyond_pursuit, each["nonlinear"], one)
             for each, one in zip(found, pursued, strict=True)
         ]
         rows.append((name, "beyond pursuit", *over_seeds(beyond, documents, draws)))
     return pd.DataFrame(rows, columns=["source", "vector", "mean", "low", "high"])
+
+
+def _beyond_pursuit(found: Predicted, pursued: Pursued, weights: torch.Tensor) -> torch.Tensor:
+    return found.r2(weights) - 1 + pursued.ratio(weights, "fvu_nonlinear")

@@ -61,7 +61,9 @@ def truth(acts: Activations, sae: SAE, parts: Split, tokens: int) -> Truth:
     outputs, codes, folds, known = [], [], [], 0
     for x, _, fold, _ in stream(acts, parts):
         code = sae.encode(x[: tokens - known], sparse=True)
-        outputs.append(sae.decode(code)), codes.append(code), folds.append(fold[: tokens - known])
+        outputs.append(sae.decode(code))
+        codes.append(code)
+        folds.append(fold[: tokens - known])
         known += len(code)
         if known >= tokens:
             break
@@ -93,10 +95,8 @@ def absent_part(known: Truth, sae: SAE, share: float, seed: int = 0) -> torch.Te
         )
         return torch.sparse.mm(code, sae.W_dec.detach())
 
-    low, high = (
-        0,
-        sae.d_sae,
-    )  # the fewest latents that have the share: it grows with their number, but for correlations
+    # the fewest latents that have the share: it grows with their number, but for correlations
+    low, high = 0, sae.d_sae
     while low < high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if _variance(of(middle)) < share * total else (low, middle)

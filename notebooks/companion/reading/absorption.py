@@ -34,7 +34,10 @@ from jumprelu.lm import LM
 from jumprelu.sae import SAE
 from jumprelu.sites import capture
 
-WORDS = "and as assert class def del elif else except for from if import in is not or pass raise return try while with yield"
+WORDS = (
+    "and as assert class def del elif else except for from if import in is not or pass raise "
+    "return try while with yield"
+)
 FEATURES = {
     **{f"begins with {letter}": rf" ?{letter}[a-z]*" for letter in "abcdefimoprst"},
     "keyword": rf" ?({WORDS.replace(' ', '|')})",
@@ -237,7 +240,8 @@ def absorption_table(
     )
     if any(None in place for place in places):
         raise ValueError(
-            "an SAE does not remember where it was trained: make it with SAE(..., origin=Origin(site=, layer=))"
+            "an SAE does not remember where it was trained: make it with SAE(..., "
+            "origin=Origin(site=, layer=))"
         )
     keep = ~torch.isin(tokens.ids, torch.tensor(lm.special_ids))
     documents, number = tokens.document.unique(return_inverse=True)
@@ -254,8 +258,8 @@ def absorption_table(
     ]
     if bad:
         raise ValueError(
-            f"{', '.join(bad)}: no token or every token of the documents for the probes has it. Give more rows, or "
-            "leave it out"
+            f"{', '.join(bad)}: no token or every token of the documents for the probes has it. "
+            "Give more rows, or leave it out"
         )
     step = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
     parts = [

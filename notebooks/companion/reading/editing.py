@@ -15,9 +15,6 @@ the point where the gradient is taken.
 Notable here:
 - only the position that predicts is edited. What earlier positions hold stays for attention to
   fetch.
-- an edited position is a copy at the end of its row, which sees what the position sees and is seen
-  by nobody. So one pass holds hundreds of edits, exactly, and begins behind what is known
-  (:func:`jumprelu.sites.resume_after`).
 - taking away everything would change every answer. Beside the changes stands what the same edit
   does to other concepts.
 """
@@ -25,251 +22,27 @@ Notable here:
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from jumprelu.corpus import Tokens, as_tokens
 from jumprelu.intervals import over_seeds
 from jumprelu.lm import LM
 from jumprelu.sae import SAE, check_autoencoder
-from jumprelu.sites import Key, record_blocks, resume_after, splice
+from jumprelu.sites import Key
+
+from .concepts import Concept, python_concepts
+from .positions import Row, answer_table, copied_logits, find_positions, log_odds
 
 RANKINGS = ("attribution", "activation", "random")
 COUNTS = (1, 2, 4, 8, 16, 32)
 AT_ONCE = 512
 """Copies in a forward pass."""
-PER_ROW = 5
-"""Positions of a concept that one row may give, so that they come from many documents."""
-
-
-class Concept(NamedTuple):
-    name: str
-    rule: Callable[[str], bool]
-    """Of the text of the row up to and with the position that predicts."""
-    answers: torch.Tensor
-    """Token ids, int64 [n]."""
-
-
-def open_bracket(text: str) -> str:
-    """The innermost bracket that is open at the end of the text, or "". Strings and comments are
-    read like code."""
-    stack: list[str] = []
-    for char in text:
-        if char in "([{":
-            stack.append(char)
-        elif char in ")]}" and stack and stack[-1] + char in ("()", "[]", "{}"):
-            stack.pop()
-    return stack[-1] if stack else ""
-
-
-def in_header(text: str) -> bool:
-    """Whether the last line begins like a compound statement of Python and has no bracket open."""
-    line = text.rsplit("\n", 1)[-1]
-    header = re.match(r"\s*(def|class|if|elif|else|for|while|try|except|finally|with)\b", line)
-    return bool(header) and not open_bracket(line)
-
-
-def in_string(text: str, quote: str) -> bool:
-    """Whether the last line holds an odd number of this quotation mark, and no three in a row."""
-    line = text.rsplit("\n", 1)[-1]
-    return line.count(quote) % 2 == 1 and quote * 3 not in line
-
-
-RULES: dict[str, tuple[Callable[[str], bool], str]] = {
-    "closing )": (lambda text: open_bracket(text) == "(", r" *\).*"),
-    "closing ]": (lambda text: open_bracket(text) == "[", r" *\].*"),
-    'closing "': (lambda text: in_string(text, '"'), r'".*'),
-    "colon of a header": (in_header, r" *:(?!:).*"),
-    "self": (lambda text: re.search(r"\n +def \w+\(?$", text) is not None, r"\(?self"),
-    "import": (lambda text: re.search(r"(^|\n) *from [\w. ]*\w$", text) is not None, r" import"),
-}
-"""Name → (rule, what the whole text of an answer token matches), for Python source."""
-
-
-def python_concepts(
-    tokenizer: Any, rules: Mapping[str, tuple[Callable[[str], bool], str]] = RULES
-) -> list[Concept]:
-    """The concepts of `rules` with the answers that a tokenizer has. Raises ValueError for one
-    without any."""
-    texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
-    found = []
-    for name, (rule, pattern) in rules.items():
-        answers = [
-            token for token, text in enumerate(texts) if re.fullmatch(pattern, text, re.DOTALL)
-        ]
-        if not answers:
-            raise ValueError(
-                f"no token of this tokenizer matches {pattern!r}, the answers of the concept {name!r}: leave it out"
-            )
-        found.append(Concept(name, rule, torch.tensor(answers)))
-    return found
-
-
-# ---- positions
-
-
-class Row(NamedTuple):
-    """A row and its positions, [C] each but for ids."""
-
-    ids: torch.Tensor
-    """[T]."""
-    document: int
-    at: torch.Tensor
-    concept: torch.Tensor
-    odds: torch.Tensor
-    """The model's own log-odds of an answer."""
-    loss: torch.Tensor
-    """The model's own cross-entropy, nats."""
-    blocks: dict[int, Any]
-    """Outputs of blocks, for passes that begin there."""
-
-
-def log_odds(logits: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-    """log of the probability of all answers over that of all other tokens, [...]; both [...,
-    vocabulary], answer bool."""
-    return logits.masked_fill(~answer, -torch.inf).logsumexp(-1) - logits.masked_fill(
-        answer, -torch.inf
-    ).logsumexp(-1)
-
-
-@torch.no_grad()
-def find_positions(
-    lm: LM, tokens: Tokens, concepts: Sequence[Concept], layers: Sequence[int] = (), most: int = 50
-) -> list[Row]:
-    """Rows with the positions of the concepts, at most `most` of each, those that come first; and
-    outputs of `layers`.
-
-    A position belongs to the first concept whose rule holds there, whose answers the next token is
-    among and the model's first choice too. Raises ValueError for a concept without positions.
-    """
-    words = {token: lm.tokenizer.decode([token]) for token in tokens.ids.unique().tolist()}
-    answer = _answers(lm, concepts)
-    left, rows = [most] * len(concepts), []
-    for ids, document in zip(
-        tqdm(tokens.ids, desc="finding positions", unit="row", mininterval=1),
-        tokens.document.tolist(),
-        strict=True,
-    ):
-        ordinary = ~torch.isin(ids, torch.tensor(lm.special_ids))
-        pieces = [
-            words[token] if kept else ""
-            for token, kept in zip(ids.tolist(), ordinary.tolist(), strict=True)
-        ]
-        places = [
-            (t, c)
-            for t in range(len(ids) - 1)
-            if ordinary[t]
-            for c, concept in enumerate(concepts)
-            if left[c] and answer[c, ids[t + 1]] and concept.rule("".join(pieces[: t + 1]))
-        ]
-        if not places:
-            continue
-        at, concept = torch.tensor(places).T
-        ids = ids.to(lm.device)
-        with record_blocks(lm, layers) as blocks:
-            logits = lm.model(ids[None], use_cache=False).logits[0, at.to(lm.device)].float()
-        right, seen = answer[concept, logits.argmax(-1).cpu()].tolist(), set()
-        kept, here = [], [PER_ROW] * len(concepts)
-        for number, (t, c) in enumerate(places):
-            if right[number] and left[c] and here[c] and t not in seen:
-                seen.add(t)
-                left[c] -= 1
-                here[c] -= 1
-                kept.append(number)
-        if kept:
-            at, concept, logits = at[kept], concept[kept], logits[kept]
-            loss = F.cross_entropy(logits, ids[at.to(ids.device) + 1], reduction="none")
-            rows.append(
-                Row(
-                    ids,
-                    document,
-                    at,
-                    concept,
-                    log_odds(logits, answer[concept].to(ids.device)).cpu(),
-                    loss.cpu(),
-                    dict(blocks),
-                )
-            )
-    none = [concept.name for concept, n in zip(concepts, left, strict=True) if n == most]
-    if none:
-        raise ValueError(
-            f"no position of {', '.join(none)} at which the model is right in {len(tokens)} rows: give more rows, "
-            "or leave the concept out"
-        )
-    return rows
-
-
-def _answers(lm: LM, concepts: Sequence[Concept]) -> torch.Tensor:
-    """bool [concepts, vocabulary]."""
-    answer = torch.zeros(len(concepts), lm.config.vocab_size, dtype=torch.bool)
-    for own, concept in zip(answer, concepts, strict=True):
-        own[concept.answers] = True
-    return answer
-
-
-def copied_logits(
-    lm: LM, row: Row, at: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor], place: Key
-) -> torch.Tensor:
-    """Logits [C, vocabulary] at copies of the positions `at` [C] of a row, at each of which `fn`
-    replaces the activation.
-
-    fn: [C, width] → [C, width], of the copies at `place`. A copy attends to what stands before its
-    position, and to itself.
-    """
-    (site, layer), n, device = place, len(row.ids), lm.device
-    at = at.to(device)
-    position = torch.cat([torch.arange(n, device=device), at])
-    number = torch.arange(len(position), device=device)
-    seen = (position[None, :] < position[:, None]) & (number[None, :] < n) | (
-        number[None, :] == number[:, None]
-    )
-    window = getattr(lm.config, "sliding_window", None)
-    near = seen if window is None else seen & (position[:, None] - position[None, :] < window)
-    full, sliding = (
-        torch.zeros(allowed.shape, dtype=lm.dtype, device=device).masked_fill(
-            ~allowed, torch.finfo(lm.dtype).min
-        )[None, None]
-        for allowed in (seen, near)
-    )
-    by_type = {"full_attention": full, "sliding_attention": sliding}
-    mask = (
-        by_type
-        if "sliding_attention" in (getattr(lm.config, "layer_types", None) or ())
-        else sliding
-    )
-
-    known = layer if site == "resid_post" else layer - 1
-    output = row.blocks.get(known)
-    if output is None:
-        known = -1
-    else:
-        first, rest = (
-            (output, None) if isinstance(output, torch.Tensor) else (output[0], output[1:])
-        )
-        first = torch.cat([first, first[:, at]], 1)
-        output = first if rest is None else (first, *rest)
-
-    def replace(value: torch.Tensor) -> torch.Tensor:
-        return torch.cat([value[:, :n], fn(value[0, n:])[None].to(value.dtype)], 1)
-
-    with splice(lm, site, layer, replace), resume_after(lm, known, output):
-        out = lm.model(
-            torch.cat([row.ids, row.ids[at]])[None],
-            attention_mask=mask,
-            position_ids=position[None],
-            use_cache=False,
-            logits_to_keep=len(at),
-        )
-    return out.logits[0].float()
-
-
-# ---- ranking and ablation
 
 
 def gradients(
@@ -279,18 +52,20 @@ def gradients(
     position's own concept there."""
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for row in rows:
-        held = {}
-
-        def keep(value: torch.Tensor, held=held) -> torch.Tensor:
-            held["x"] = value.detach().requires_grad_()
-            return held["x"]
-
+        leaf = _Leaf()
         with torch.enable_grad():
-            odds = log_odds(
-                copied_logits(lm, row, row.at, keep, place), answer[row.concept].to(lm.device)
-            )
-            found.append((held["x"].detach(), torch.autograd.grad(odds.sum(), held["x"])[0]))
+            logits = copied_logits(lm, row, row.at, leaf, place)
+            odds = log_odds(logits, answer[row.concept].to(lm.device))
+            found.append((leaf.x.detach(), torch.autograd.grad(odds.sum(), leaf.x)[0]))
     return torch.cat([x for x, _ in found]), torch.cat([gradient for _, gradient in found])
+
+
+class _Leaf:
+    """Leaves activations as they are, and keeps them as something to derive by."""
+
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        self.x = value.detach().requires_grad_()
+        return self.x
 
 
 @torch.no_grad()
@@ -308,11 +83,12 @@ def rank(
     noise = torch.rand(
         sae.d_sae, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
+    # "random" is the Gumbel trick: sorted, it is a draw without replacement
     scores = {
         "attribution": (f * (gradient @ sae.W_dec.T)).mean(0),
         "activation": f.mean(0) * sae.W_dec.norm(dim=-1),
         "random": often.log() - (-noise.log()).log(),
-    }  # fmt: skip  (the Gumbel trick)
+    }
     return {name: scores[name].argsort(descending=True).cpu() for name in RANKINGS}
 
 
@@ -462,7 +238,8 @@ def editing_table(
     places = {(sae.origin.site, sae.origin.layer) for several in saes.values() for sae in several}
     if any(None in place for place in places):
         raise ValueError(
-            "an SAE does not remember where it was trained: make it with SAE(..., origin=Origin(site=, layer=))"
+            "an SAE does not remember where it was trained: make it with SAE(..., "
+            "origin=Origin(site=, layer=))"
         )
     known = {layer if site == "resid_post" else layer - 1 for site, layer in places} - {-1}
     _, number = tokens.document.unique(return_inverse=True)
@@ -470,7 +247,7 @@ def editing_table(
         find_positions(lm, tokens[number % 2 == half], concepts, sorted(known), most)
         for half in (0, 1)
     )
-    answer, concept = _answers(lm, concepts), torch.cat([row.concept for row in train])
+    answer, concept = answer_table(lm, concepts), torch.cat([row.concept for row in train])
     points = {place: gradients(lm, train, answer, place) for place in places}
     names = [concept.name for concept in concepts] + ["all"]
     columns = [(quantity, n) for quantity in ("changed", "fall", "collateral") for n in counts]
@@ -495,7 +272,7 @@ def editing_table(
                 level = sae.encode(x).mean(0) if to == "mean" else 0.0
             found.append(edit(lm, sae, test, sets, answer, place, level))
         interval = over_seeds(
-            [lambda weights, one=one: one.statistic(weights, counts) for one in found],
+            [functools.partial(one.statistic, counts=counts) for one in found],
             len(found[0].positions),
             draws,
         )

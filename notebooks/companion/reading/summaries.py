@@ -39,8 +39,8 @@ def summary(
     draws: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Mean of columns of :func:`jumprelu.latents.interp.study`'s table over the SAE's latents, with bootstrap 95 %
-    intervals over latents.
+    """Mean of columns of :func:`jumprelu.latents.interp.study`'s table over the SAE's latents, with
+    bootstrap 95 % intervals over latents.
 
     Latents count by their `weight` and are drawn anew within their band; rows without a value are
     left out. Returns columns `by`, score, mean, low, high, latents.
@@ -80,7 +80,8 @@ def difference(
     bands = sorted(set(found[0]) & set(found[1]))
     if not bands:
         raise ValueError(
-            f"{first} and {second} have no latents with a {column} in a common band of frequency: sample more"
+            f"{first} and {second} have no latents with a {column} in a common band of frequency: "
+            "sample more"
         )
     means = np.zeros(1 + draws)
     for sign, own, offset in zip((1, -1), found, (0, 1), strict=True):
