@@ -424,7 +424,7 @@ def test_a_study_from_the_command_line(tmp_path, capsys):
         and len(pd.read_csv(tmp_path / "items.csv")) == 6
     )
     for wrong, message in [
-        (["make", str(tmp_path / "o"), str(tmp_path / "none"), *options], "no SAE at"),
+        (["make", str(tmp_path / "o"), str(tmp_path / "none"), *options], "no SAE in"),
         (["make", str(tmp_path / "o"), *map(str, folders * 2), *options], "given twice"),
         ([*arguments, "--per-stratum", "99"], "were asked for"),
         ([*arguments, "--lm", str(save_tiny("llama", tmp_path / "mute"))], "has no tokenizer"),
