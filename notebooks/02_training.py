@@ -52,9 +52,7 @@ batch_size: int = 512
 lr: float = 0.003
 sparsity: float = 0.001  # λ
 threshold_init: float = 0.1
-bandwidth: float = 0.1  # ε of the main runs
-bandwidths: list = [0.001, 0.5]  # the others, for the trade-off
-sparsities: list = [0.004, 0.03]  # higher λ at the main ε, for a comparison at equal L0
+bandwidth: float = 0.1  # ε; notebook 05 compares several
 dead_after: int = 50000  # tokens of silence after which a latent counts as dead
 l1: float = 0.2  # λ of the ReLU baseline, chosen for an L0 near that of the JumpReLU SAEs
 seeds: int = 3
@@ -188,48 +186,12 @@ shrunk = pd.concat(
 save_figure("02", plots.shrinkage, shrunk)
 
 # %% [markdown]
-# ## The bandwidth
-#
-# **What Gemma Scope says** (a footnote of its training section): a large ε gives biased gradients
-# of low variance, and SAEs of good sparsity and less than optimal fidelity; a small ε gives noisy
-# gradients, and θ fails to train.
-#
-# **What is computed.** The same run with a far narrower and a far wider ε and everything else as it
-# was: L0, FVU and the distance that log θ has travelled. Such runs end at different L0, where FVU
-# differs anyway. So the main ε is also run at higher prices λ, and each run's FVU is divided by
-# that of the main ε at the same L0 (linear in log L0, seed by seed).
-#
-# Mind the start: all runs begin at the same θ_init. If that lies above the optimum, a θ that is not
-# trained stays too high, and the run is sparser than its λ asks for, whatever the reason.
-
-# %%
-table = study.bandwidth_table(acts, lm, test_tokens, main, runs, bandwidths, sparsities)
-save_figure("02", plots.bandwidth_tradeoff, table)
-
-# %% [markdown]
-# **What differs.** Gemma Scope's footnote is about far longer runs. Here, where a ratio at equal L0
-# is not above 1 beyond its interval, ε has moved the run along one frontier and not off it. And
-# being sparser at the same λ is no mark of a wide ε where a narrow one is sparser too: then both
-# show a θ that has not come down from its start.
-#
 # ## Facts
 #
 # Verdicts are computed from the intervals over seeds: a difference counts only if the intervals do
 # not overlap.
 
 # %%
-wide, narrow = table.bandwidth.max(), table.bandwidth.min()
-same_price = table[table.sparsity == sparsity]
-travel, l0, fvu, at_equal_l0 = (
-    {e: mean_interval(rows[column]) for e, rows in same_price.groupby("bandwidth")}
-    for column in ("threshold_travel", "l0", "fvu", "fvu_ratio")
-)
-
-
-def shown(by_bandwidth: dict, digits: int) -> str:
-    return ", ".join(f"{interval.mean:.{digits}f}" for interval in by_bandwidth.values())
-
-
 ratio = {name: mean_interval(rows.norm_ratio) for name, rows in shrunk.groupby("architecture")}
 spread = {
     "JumpReLU": scores[0].l0_per_token.float().std(),
@@ -306,16 +268,5 @@ show_facts(
         "JumpReLU is not shrunk (interval within 1 ± 0.02)": ratio["JumpReLU, L0"].low > 0.98
         and ratio["JumpReLU, L0"].high < 1.02,
         "JumpReLU is shrunk less than ReLU": ratio["JumpReLU, L0"].high < ratio["ReLU, L1"].low,
-        "bandwidths": ", ".join(f"{e:g}" for e in travel),
-        "their L0 at the same λ": shown(l0, 0),
-        "their FVU at the same λ": shown(fvu, 2),
-        "their travel of log θ, nats": shown(travel, 1),
-        "their FVU over that of the main ε at equal L0": shown(at_equal_l0, 2),
-        "narrow ε trains θ less than the main ε": travel[narrow].high < travel[bandwidth].low,
-        "wide ε trains θ less than the main ε": travel[wide].high < travel[bandwidth].low,
-        "narrow ε is sparser than the main ε at the same λ": l0[narrow].high < l0[bandwidth].low,
-        "wide ε is sparser than the main ε at the same λ": l0[wide].high < l0[bandwidth].low,
-        "wide ε is less faithful than the main ε at equal L0": at_equal_l0[wide].low > 1,
-        "narrow ε is less faithful than the main ε at equal L0": at_equal_l0[narrow].low > 1,
     },
 )

@@ -62,11 +62,6 @@ variants: dict = {
         "threshold_init": [0.1, 0.07, 0.045, 0.03],
         "sparsity": [0.002, 0.001, 0.001, 0.001],
     },
-    "JumpReLU, ε falls": {
-        "bandwidth_end": 0.02,
-        "threshold_init": [0.1, 0.07, 0.045, 0.03],
-        "sparsity": [0.002, 0.001, 0.001, 0.001],
-    },
     "TopK": {"architecture": "topk", "k": [10, 20, 36, 64]},
     "TopK, approximate": {"architecture": "topk", "k": [10, 20, 36, 64], "topk_buckets": 128},
     "BatchTopK": {"architecture": "batchtopk", "k": [10, 20, 36, 64]},
@@ -83,7 +78,6 @@ variants: dict = {
 lrs: list = [0.003, 0.006, 0.012, 0.024]  # each variant is tried at all, and compared at its best
 tuning_points: list = [0, 3]  # at these points of its curve
 same_lr: dict = {  # these take over a rate
-    "JumpReLU, ε falls": "JumpReLU",
     "TopK, approximate": "TopK",
     "BatchTopK": "TopK",
 }
@@ -139,8 +133,7 @@ print(
 # parameters, were set by hand. "Gated" is the paper's RI-L1 baseline, "Gated, original" has atoms
 # of norm 1 and resamples dead latents; "TopK, approximate" is trained with the largest of those
 # that are each the largest of a bucket, which needs no sort, and scored with exact top-k;
-# "JumpReLU" is the paper's, with one ε, and "ε falls" lets it fall during the run (notebook 05
-# looks into that). The L1 variants have a shorter warm-up of λ, without which they are still dense
+# "JumpReLU" is the paper's, with one ε (notebook 05 lets it fall). The L1 variants have a shorter warm-up of λ, without which they are still dense
 # at the end of so short a run.
 
 # %%
@@ -225,10 +218,7 @@ save_figure("03", plots.matched_l0, matched)
 # spread from the main place.)
 
 # %%
-stores = [
-    remember(jr.harvest, lm, train_tokens, site=s, layer=n, dtype=storage)
-    for s, n in [[site, layer], *places]
-]
+stores = [remember(jr.harvest, lm, train_tokens, site=s, layer=n, dtype=storage) for s, n in places]
 small = {
     name: [
         dataclasses.replace(config, d_sae=place_d_sae, steps=place_steps) for config in best[name]

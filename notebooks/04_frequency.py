@@ -59,11 +59,6 @@ variants: dict = {
         "threshold_init": [0.1, 0.07, 0.045, 0.03],
         "sparsity": [0.002, 0.001, 0.001, 0.001],
     },
-    "JumpReLU, ε falls": {
-        "bandwidth_end": 0.02,
-        "threshold_init": [0.1, 0.07, 0.045, 0.03],
-        "sparsity": [0.002, 0.001, 0.001, 0.001],
-    },
     "TopK": {"architecture": "topk", "k": [10, 20, 36, 64]},
     "TopK, approximate": {"architecture": "topk", "k": [10, 20, 36, 64], "topk_buckets": 128},
     "BatchTopK": {"architecture": "batchtopk", "k": [10, 20, 36, 64]},
@@ -80,7 +75,6 @@ variants: dict = {
 lrs: list = [0.003, 0.006, 0.012, 0.024]  # each variant is tried at all, and compared at its best
 tuning_points: list = [0, 3]  # at these points of its curve
 same_lr: dict = {  # these take over a rate
-    "JumpReLU, ε falls": "JumpReLU",
     "TopK, approximate": "TopK",
     "BatchTopK": "TopK",
 }

@@ -91,50 +91,6 @@ def l0_histogram(scores: dict[str, Report], bins: int = 60) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def bandwidth_table(
-    acts: Activations,
-    lm: LM,
-    tokens: Tokens,
-    config: TrainConfig,
-    runs: Sequence[TrainResult],
-    others: Sequence[float],
-    sparsities: Sequence[float],
-) -> pd.DataFrame:
-    """`config`, of which `runs` are the seeds, at `others` bandwidths too, and at its own with the
-    prices `sparsities`.
-
-    One row a run: bandwidth, sparsity, seed, the metrics of :func:`score_table`, threshold_travel
-    (mean |log θ − log θ_init|), and fvu_ratio: FVU over that of the same seed's runs at
-    `config.bandwidth` at the same L0 (:func:`companion.rails.frontier.at_l0`).
-    """
-    settings = [(bandwidth, config.sparsity) for bandwidth in others] + [
-        (config.bandwidth, price) for price in sparsities
-    ]
-    changed = [
-        dataclasses.replace(config, bandwidth=bandwidth, sparsity=price, seed=seed)
-        for bandwidth, price in settings
-        for seed in range(len(runs))
-    ]
-    more = remember(train_many, acts, changed)
-    tables = []
-    for number, (bandwidth, price) in enumerate([(config.bandwidth, config.sparsity), *settings]):
-        these = [*runs, *more][number * len(runs) : (number + 1) * len(runs)]
-        table = score_table("JumpReLU", score_runs(these, lm, tokens)).assign(
-            bandwidth=bandwidth, sparsity=price
-        )
-        table["threshold_travel"] = [run.log.threshold_travel.iloc[-1] for run in these]
-        tables.append(table)
-    table = pd.concat(tables, ignore_index=True)
-    own = table[table.bandwidth == config.bandwidth]
-    table["fvu_ratio"] = [
-        row.fvu / at_l0(own[own.seed == row.seed], row.l0) for row in table.itertuples()
-    ]
-    return table
-
-
-# ---- sweeps over architectures
-
-
 def configurations(base: TrainConfig, changes: Mapping[str, Any]) -> list[TrainConfig]:
     """`base` with `changes`: field → value, or → a list of values, one for each of the
     configurations that are returned.

@@ -166,7 +166,7 @@ TOPS = {"fvu": 1.06, "delta_loss": 1.3}
 
 
 def annealing(data: pd.DataFrame) -> Figure:
-    """A falling ε, and an ε by latent, against a fixed one.
+    """A falling ε, and momentum, against a fixed ε.
 
     Paper: none.
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from jumprelu.intervals import mean_interval
-
-from ...rails.figures import MARKERS, use_style
+from ...rails.figures import use_style
 from ...rails.looks import points_and_mean, seed_curves
 
 use_style()
@@ -136,40 +133,4 @@ def shrinkage(data: pd.DataFrame) -> Figure:
         ax.set_ylabel(label)
     axes[0].axhline(1, color="0.4", linewidth=0.8)
     axes[0].set_title("shrinkage")
-    return fig
-
-
-def bandwidth_tradeoff(data: pd.DataFrame) -> Figure:
-    """L0, FVU and travel of θ over the bandwidth ε.
-
-    Paper: none; Gemma Scope's footnote on the bandwidth.
-
-    One row a run: bandwidth (ε), sparsity (λ), seed, l0, fvu, threshold_travel; mean and 95 %
-    t-interval over seeds.
-    """
-    fig, axes = plt.subplots(1, 4, figsize=(12, 3), layout="constrained")
-    same_price = data[data.sparsity == data.sparsity.min()]
-    panels = (("l0", "L0"), ("fvu", "FVU"), ("threshold_travel", "mean |log θ − log θ_init|, nats"))
-    for position, (ax, (column, label)) in enumerate(zip(axes, panels, strict=False)):
-        points = [
-            (bandwidth, mean_interval(rows[column]))
-            for bandwidth, rows in same_price.groupby("bandwidth")
-        ]
-        ax.errorbar(
-            [x for x, _ in points],
-            [i.mean for _, i in points],
-            yerr=[i.half for _, i in points],
-            marker=MARKERS[position],
-            capsize=3,
-            color=f"C{position}",
-        )
-        ax.set(xscale="log", xlabel="bandwidth ε, same λ", ylabel=label, ylim=(0, None))
-    for marker, (bandwidth, rows) in zip(MARKERS, data.groupby("bandwidth"), strict=False):
-        axes[3].scatter(rows.l0, rows.fvu, label=f"ε = {bandwidth:g}", marker=marker, s=22)
-        if rows.sparsity.nunique() > 1:
-            mean = rows.groupby("sparsity")[["l0", "fvu"]].mean()
-            axes[3].plot(mean.l0, mean.fvu, color="0.4", linewidth=0.8, label="its frontier over λ")
-    axes[3].set(xscale="log", xlabel="L0", ylabel="FVU", title="at equal L0")
-    axes[3].xaxis.set_major_formatter(ticker.ScalarFormatter())
-    axes[3].legend()
     return fig
