@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,22 +224,26 @@ ELSEWHERE = {
 }
 
 
-def main_of(command: str) -> Callable[[list[str]], int]:
+def delegate(command: str, arguments: list[str]) -> int:
     """The command line of a module that has its own."""
+    if command == "convert":
+        from .exchange.convert import main
+
+        return main(arguments)
+    from .exchange.loading import load_sae
+
     if command == "pages":
         from .latents.pages import main
-    elif command == "rate":
-        from .latents.rating import main
     else:
-        from .exchange.convert import main
-    return main
+        from .latents.rating import main
+    return main(arguments, load_sae)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 for an error, which is one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in ELSEWHERE:
-        return main_of(arguments[0])(arguments[1:])
+        return delegate(arguments[0], arguments[1:])
     parser = argparse.ArgumentParser(
         "python -m jumprelu",
         description=__doc__,
