@@ -17,8 +17,8 @@
 # Rajamanoharan et al. (2024) train thresholds and L0 directly, with the estimator of notebook 01.
 # This notebook trains JumpReLU SAEs on real activations of the subject model of notebook 00, and
 # looks at what the loss hides: which samples train the thresholds, how far those travel, whether
-# activations are shrunk, and how much the bandwidth ε matters. The same cells are the Gemma 2 9B
-# run under that profile: only the parameters differ.
+# activations are shrunk. The same cells are the Gemma 2 9B run under that profile: only the
+# parameters differ.
 
 # %%
 import dataclasses

@@ -133,8 +133,8 @@ print(
 # parameters, were set by hand. "Gated" is the paper's RI-L1 baseline, "Gated, original" has atoms
 # of norm 1 and resamples dead latents; "TopK, approximate" is trained with the largest of those
 # that are each the largest of a bucket, which needs no sort, and scored with exact top-k;
-# "JumpReLU" is the paper's, with one ε (notebook 05 lets it fall). The L1 variants have a shorter warm-up of λ, without which they are still dense
-# at the end of so short a run.
+# "JumpReLU" is the paper's, with one ε (notebook 05 lets it fall). The L1 variants have a shorter
+# warm-up of λ, without which they are still dense at the end of so short a run.
 
 # %%
 base = jr.TrainConfig(d_sae=d_sae, steps=steps, batch_size=batch_size, dead_after=dead_after)

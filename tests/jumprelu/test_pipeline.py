@@ -82,13 +82,4 @@ def test_studies(tmp_path, monkeypatch):
         for _, rows in study.l0_histogram({"a": scores[0]}).groupby("architecture")
     )
     assert mean == pytest.approx(scores[0].l0.value, abs=0.5)
-    table = study.bandwidth_table(acts, lm, tokens, config, runs, [0.3], [0.1])
-    assert [(b, s) for b, s in zip(table.bandwidth, table.sparsity, strict=True)][::2] == [
-        (0.1, 1e-3),
-        (0.3, 1e-3),
-        (0.1, 0.1),
-    ]
-    assert table.fvu_ratio[table.bandwidth == 0.1].tolist() == pytest.approx(
-        [1] * 4
-    )  # a frontier against itself
     assert study.score_table("x", scores).l0.tolist() == [score.l0.value for score in scores]
