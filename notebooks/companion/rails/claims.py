@@ -233,7 +233,7 @@ def collect(folder: str | Path) -> pd.DataFrame:
 # ---- writing, and the command line
 
 
-def _changes(root: Path, readme: bool) -> dict[Path, str | None]:
+def _changes(root: Path) -> dict[Path, str | None]:
     """Path → the text that the parts ask for, None for no such file; only what is not so
     already."""
     from . import results_pages as pages  # here, because it brings jupytext
@@ -245,10 +245,9 @@ def _changes(root: Path, readme: bool) -> dict[Path, str | None]:
         if frame.empty
         else pages.ledger_page(root, frame, VERDICTS),
     }
+    wanted[root / "figures/README.md"] = pages.figures_page(root) or None
     headlines = pages.read_headlines(root)
-    if readme:
-        wanted[root / "figures/README.md"] = pages.figures_page(root) or None
-    if readme and headlines:
+    if headlines:
         path = root / "README.md"
         text = path.read_text(encoding="utf-8")
         table = pages.notebook_table(root, frame, headlines)
@@ -261,18 +260,18 @@ def _changes(root: Path, readme: bool) -> dict[Path, str | None]:
 def stale(root: Path) -> list[Path]:
     """Which of `figures/claims.csv`, figures/LEDGER.md, figures/README.md and README.md below
     `root` are not as the parts ask for."""
-    return list(_changes(root, readme=True))
+    return list(_changes(root))
 
 
-def write_ledger(root: Path | None = None, readme: bool = True) -> list[Path]:
-    """Write `figures/claims.csv`, figures/LEDGER.md and, with `readme`, figures/README.md and
-    README's blocks, where they are not as the parts ask for.
+def write_ledger(root: Path | None = None) -> list[Path]:
+    """Write `figures/claims.csv`, figures/LEDGER.md, figures/README.md and README's blocks, where
+    they are not as the parts ask for.
 
     root: the checkout, by default that of this package. Returns what was changed. Without any part
     there is neither `claims.csv` nor LEDGER.md. Raises ValueError, before anything is written, if
     README has no place for a block, or `headlines.yaml` names a claim or a fact that is not there.
     """
-    changes = _changes(root or ROOT, readme)
+    changes = _changes(root or ROOT)
     for path, text in changes.items():
         if text is None:
             path.unlink()
