@@ -120,7 +120,8 @@ def active(page) -> str:
 def scrolls_sideways(page) -> bool:
     return page.evaluate(
         "document.documentElement.scrollWidth > innerWidth || "
-        "[...document.querySelectorAll('main, #detail, #item, #list')].some(e => e.scrollWidth > e.clientWidth)"
+        "[...document.querySelectorAll('main, #detail, #item, #list')]"
+        ".some(e => e.scrollWidth > e.clientWidth)"
     )
 
 
@@ -276,7 +277,8 @@ def test_latents_by_keyboard(browser, latents_page):
             page.keyboard.press("Tab")
             focused = "document.activeElement"
             assert page.evaluate(
-                f"{focused} === document.body || getComputedStyle({focused}).outlineStyle === 'solid'"
+                f"{focused} === document.body"
+                f" || getComputedStyle({focused}).outlineStyle === 'solid'"
             )
 
 
@@ -300,7 +302,8 @@ def test_hostile_tokens_are_text(browser, latents_page):
 
 def test_what_is_slipped_into_the_file_neither_runs_nor_loads(browser, latents_page, tmp_path):
     changed = tmp_path / "changed.html"
-    added = "<script>window.hacked=8</script><img src='https://example.org/x.png' onerror='window.hacked=8'>"
+    image = "<img src='https://example.org/x.png' onerror='window.hacked=8'>"
+    added = f"<script>window.hacked=8</script>{image}"
     changed.write_text(latents_page.read_text().replace("</body>", added + "</body>"))
     context = browser.new_context()
     said, asked = [], []
@@ -383,9 +386,8 @@ def test_sixteen_thousand_latents_are_small_and_open_at_once(browser, large_page
                 and page.locator(".row").first.get_attribute("aria-setsize") == "16384"
             )
     assert min(times) < 1000
-    print(
-        f"\n16384 latents: {large_page.stat().st_size / 1e6:.1f} MB, list shown after {min(times):.0f} ms"
-    )
+    size = large_page.stat().st_size / 1e6
+    print(f"\n16384 latents: {size:.1f} MB, list shown after {min(times):.0f} ms")
 
 
 def test_sixteen_thousand_latents_are_searched_and_opened(browser, large_page):
@@ -465,7 +467,8 @@ def test_items_show_hostile_tokens_as_text(browser, study):
 
 
 def test_ratings_that_cannot_be_kept_are_announced(browser, study):
-    refuse = "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('no', 'SecurityError'); }})"
+    getter = "{get() { throw new DOMException('no', 'SecurityError'); }}"
+    refuse = f"Object.defineProperty(window, 'localStorage', {getter})"
     with opened(browser, study.page, script=refuse) as page:
         expect(page.locator("#warning")).to_contain_text("does not keep what you enter")
         page.keyboard.press("y")

@@ -630,7 +630,8 @@ from jumprelu.exchange.loading import load_sae
 from jumprelu.sae import SAE
 
 def memory(name):
-    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+    with open("/proc/self/status") as f:
+        return next(1024 * int(line.split()[1]) for line in f if line.startswith(name))
 
 def plainly(path):
     with np.load(path) as found:

@@ -11,6 +11,7 @@ from models import D_MODEL, save_tiny
 import jumprelu as jr
 from jumprelu.__main__ import ELSEWHERE, OWN, main, read_config
 from jumprelu.activations import activations_from_tensor
+from jumprelu.extras import needs
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +111,9 @@ def test_what_is_missing_is_said(text, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main(["harvest", "--out", "acts"])
     assert end.value.code == 2 and "--layer" in capsys.readouterr().err
+
+
+def test_a_missing_package_names_its_extra():
+    message = r'no_such_package is not installed: run pip install "jumprelu\[lm\]"'
+    with pytest.raises(ImportError, match=message), needs("lm"):
+        import no_such_package  # noqa: F401
