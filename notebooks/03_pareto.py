@@ -30,6 +30,7 @@ from companion.rails import frontier, scaling, study
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import save_figure, show_facts
+from companion.rails.stores import harvest_places
 from companion.training.plots import pareto as plots
 
 import jumprelu as jr
@@ -218,7 +219,7 @@ save_figure("03", plots.matched_l0, matched)
 # spread from the main place.)
 
 # %%
-stores = [remember(jr.harvest, lm, train_tokens, site=s, layer=n, dtype=storage) for s, n in places]
+stores = harvest_places(lm, train_tokens, [(s, n) for s, n in places], storage)
 small = {
     name: [
         dataclasses.replace(config, d_sae=place_d_sae, steps=place_steps) for config in best[name]

@@ -247,7 +247,7 @@ save_figure("05", plots.l0_targets, hit)
 # (notebook 01), and neither is the same at the start and the end of a run.
 #
 # **What is computed.** ε fixed at 0.1 and 0.02, and falling geometrically from 0.1 to 0.02 over
-# most of the run. Beside them, for scale, another change to the optimiser, Adam with momentum; TopK,
+# most of the run. Beside them, for scale, another change to the optimiser, momentum; and TopK,
 # with and without it, at the learning rate that notebook 03 found. Each at two sparsities; in the
 # profile `thorough` a few for longer and at other sites. The number is FVU, or delta LM loss, over
 # that of ε = 0.1 at equal L0 and length, seed by seed. With two points a curve, interpolation would

@@ -35,6 +35,7 @@ from companion.rails.by_seed import difference, statistic_at
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import save_figure, show_facts
+from companion.rails.stores import harvest_places
 
 import jumprelu as jr
 from jumprelu.dark import darkmatter
@@ -317,9 +318,11 @@ small = {
     ]
 }
 elsewhere = []
-for s, n in places:
-    train_store = remember(jr.harvest, lm, train_tokens, site=s, layer=n, dtype=storage)
-    store = remember(jr.harvest, lm, error_tokens, site=s, layer=n, dtype=storage)
+train_stores, test_stores = (
+    harvest_places(lm, several, [(s, n) for s, n in places], storage)
+    for several in (train_tokens, error_tokens)
+)
+for train_store, store in zip(train_stores, test_stores, strict=True):
     runs = study.sweep_variants(
         train_store, small, range(place_seeds), lm, test_tokens, workers or None
     )
@@ -331,7 +334,9 @@ for s, n in places:
     )
     tests = [one.test for one in found.values()]
     elsewhere.append(
-        darkstudy.by_point(runs.table.assign(architecture=f"{s}, layer {n}"), tests, draws)
+        darkstudy.by_point(
+            runs.table.assign(architecture=f"{store.site}, layer {store.layer}"), tests, draws
+        )
     )
 by_place = pd.concat(elsewhere, ignore_index=True)
 save_figure("06", plots.dark_places, by_place)

@@ -34,6 +34,7 @@ from companion.rails.by_seed import settings
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import save_figure, show_facts
+from companion.rails.stores import harvest_places
 
 import jumprelu as jr
 from jumprelu.dark import darkmatter
@@ -244,10 +245,13 @@ origins = [number for number, run in enumerate(rungs.runs) if run.config.d_sae =
 places = {
     f"{site}, layer {layer}: the same SAE": (some, [rungs.runs[number] for number in origins])
 }
-for s, n in earlier:
-    source_acts = remember(jr.harvest, lm, train_tokens, site=s, layer=n, dtype=storage)
-    source = remember(jr.harvest, lm, error_tokens[:pursuit_rows], site=s, layer=n, dtype=storage)
-    places[f"{s}, layer {n}"] = source, trained({"TopK": [topk]}, source_acts).runs
+before, for_sources = (
+    harvest_places(lm, several, [(s, n) for s, n in earlier], storage)
+    for several in (train_tokens, error_tokens[:pursuit_rows])
+)
+for source_acts, source in zip(before, for_sources, strict=True):
+    runs = trained({"TopK": [topk]}, source_acts).runs
+    places[f"{source.site}, layer {source.layer}"] = source, runs
 sources = {
     name: [darkparts.Source(store, run.sae()) for run in runs]
     for name, (store, runs) in places.items()

@@ -460,8 +460,8 @@ ledger("09", claims)[["id", "claim", "value", "low", "high", "verdict"]]
 # absorption asks (I5). That frequent latents are the harder to explain the sparser the SAE is
 # cannot be told from noise (I4).
 #
-# Not done here: a language model as explainer (`jumprelu.latents.explain_llm` takes any that answers
-# a prompt), and ratings by people.
+# Not done here: a language model as explainer (`jumprelu.latents.explain_llm` takes any that
+# answers a prompt), and ratings by people.
 #
 # ## Facts
 
