@@ -676,7 +676,7 @@ def test_no_more_than_one_array_is_in_memory_twice(tmp_path, root):
         env=os.environ | {"PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     from_npz, from_safetensors, plainly = (peak / size for peak in json.loads(done.stdout))
@@ -937,7 +937,7 @@ def test_as_a_user_would_with_the_environment_alone(hub, tmp_path, root):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == get().fingerprint
