@@ -86,30 +86,20 @@ def detection(acts: np.ndarray, predicted: np.ndarray, cut: float) -> Classified
     return classified((acts > 0).any(1), (predicted >= cut).any(1))
 
 
-def fuzzing(
-    acts: np.ndarray, predicted: np.ndarray, real: np.ndarray, seed: int = 0, wrong: str = "silent"
-) -> Classified:
-    """Are the right tokens marked? Right: the active tokens of an active window. The marks are
-    called right where the mean prediction at them is above that at the window's other tokens.
-
-    wrong: which windows have wrong marks. "silent", as in delphi: silent windows, with as many
-    random tokens marked as are active in an active window on average. "active": active windows,
-    with as many random tokens marked out of those that are not active, which tells the
-    explanation's tokens from its windows. acts, predicted, real (no padding): [n, w].
+def fuzzing(acts: np.ndarray, predicted: np.ndarray, real: np.ndarray, seed: int = 0) -> Classified:
+    """Are the right tokens marked? Right: the active tokens of an active window. Wrong, as in
+    delphi: in silent windows, as many random tokens as are active in an active window on average.
+    The marks are called right where the mean prediction at them is above that at the window's other
+    tokens. acts, predicted, real (no padding): [n, w].
     """
-    if wrong not in ("silent", "active"):
-        raise ValueError(
-            f"wrong is {wrong!r}: expected 'silent' or 'active', the windows that get wrong marks"
-        )
     rng = np.random.default_rng(seed)
     active = (acts > 0).any(1)
     marked = [(row, acts[row] > 0, True) for row in active.nonzero()[0]]
     typical = max(1, round(float((acts[active] > 0).sum(1).mean()))) if active.any() else 1
-    for row in (~active if wrong == "silent" else active).nonzero()[0]:
-        free = (real[row] & (acts[row] == 0)).nonzero()[0]
+    for row in (~active).nonzero()[0]:
+        free = real[row].nonzero()[0]
         marks = np.zeros(acts.shape[1], bool)
-        count = typical if wrong == "silent" else int((acts[row] > 0).sum())
-        marks[rng.choice(free, min(count, len(free)), replace=False)] = True
+        marks[rng.choice(free, min(typical, len(free)), replace=False)] = True
         if len(free):
             marked.append((row, marks, False))
     said = [

@@ -6,10 +6,8 @@ network.
 Notable here:
 - the list of latents stands at the beginning of the file, so it shows while the rest is still being
   read.
-- contexts follow in blocks of `BLOCK` latents: token ids as places in one vocabulary, activations
-  as bytes (255 is the latent's maximum; what is positive stays positive), compressed. A block is
-  opened when one of its latents is looked at.
-- the first search reads all blocks once, for the tokens on which each latent fires.
+- contexts follow in compressed blocks of `BLOCK` latents; a block is opened when one of its latents
+  is looked at, and all at the first search.
 - `OUT.html#latent=123` leads to latent 123, in every page made of this SAE.
 """
 

@@ -80,7 +80,6 @@ def test_fuzzing_by_hand():
     real = np.ones_like(ACTS, bool)
     perfect = ACTS.copy()
     assert fuzzing(ACTS, perfect, real) == (1, 1)
-    assert fuzzing(ACTS, perfect, real, wrong="active") == (1, 1)
     # the right windows and the wrong tokens: detection is perfect, and no marks are called right
     shifted = np.array([[0, 0, 2.0, 0], [0, 0, 0, 0], [0, 0, 3.0, 3.0], [0, 0, 0, 0]])
     assert detection(ACTS, shifted, 1.0).balanced_accuracy == 1 and fuzzing(
@@ -93,30 +92,17 @@ def test_fuzzing_by_hand():
     real = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 1]], bool)
     trap = ACTS + np.array([[0, 0, 0, 0], [9, 9, 0, 0], [0, 0, 0, 0], [0, 0, 9, 9]])
     assert fuzzing(ACTS, trap, real) == (0.5, pytest.approx(2 * 2 / (2 + 4)))
-    with pytest.raises(ValueError, match="'silent' or 'active'"):
-        fuzzing(ACTS, trap, real, wrong="both")
 
 
-def test_marks_on_the_wrong_tokens_of_active_windows_tell_tokens_from_windows():
+def test_fuzzing_of_what_knows_windows_and_not_tokens_and_of_what_knows_neither():
     rng = np.random.default_rng(0)
     acts = np.where(rng.random((400, 20)) < 0.1, rng.exponential(size=(400, 20)), 0)
     acts[::2] = 0
     real = np.ones_like(acts, bool)
-    somewhere = np.where(
-        (acts > 0).any(1)[:, None], rng.random(acts.shape), 0
-    )  # knows the windows, not the tokens
-    assert fuzzing(acts, somewhere, real, wrong="active").balanced_accuracy == pytest.approx(
-        0.5, abs=0.06
-    )
-    assert fuzzing(acts, somewhere, real, wrong="silent").balanced_accuracy == pytest.approx(
-        0.75, abs=0.06
-    )
-    early = np.tile(
-        np.arange(20.0)[::-1], (400, 1)
-    )  # knows neither; wrong marks are as likely late as early
-    assert fuzzing(acts, early, real, wrong="silent").balanced_accuracy == pytest.approx(
-        0.5, abs=0.08
-    )
+    windows_only = np.where((acts > 0).any(1)[:, None], rng.random(acts.shape), 0)
+    assert fuzzing(acts, windows_only, real).balanced_accuracy == pytest.approx(0.75, abs=0.06)
+    early = np.tile(np.arange(20.0)[::-1], (400, 1))  # wrong marks are as likely late as early
+    assert fuzzing(acts, early, real).balanced_accuracy == pytest.approx(0.5, abs=0.08)
 
 
 def test_a_score_leaves_out_padding_and_windows_without_a_prediction():

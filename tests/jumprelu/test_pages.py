@@ -324,4 +324,4 @@ def test_the_command_line_says_what_is_wrong(files, tmp_path, capsys):
     )
     assert "has no tokenizer" in capsys.readouterr().err
     assert pages.main([str(tmp_path / "none"), str(files / "lm"), str(tmp_path / "o.html")]) == 2
-    assert capsys.readouterr().err.startswith("error: no SAE at")
+    assert capsys.readouterr().err.startswith("error: no SAE in")
