@@ -111,8 +111,9 @@ def test_decomposition_against_errors_in_memory(acts, sae, bias):
     x = x.double()
     error = x - x_hat
     weight, offset = direct(x[fitting], error[fitting], bias)
-    assert torch.allclose(found["sae"].linear.weight, weight, rtol=1e-8, atol=1e-10)
-    assert torch.allclose(found["sae"].linear.bias, offset, rtol=1e-8, atol=1e-10)
+    # x̂ is float32, and its last bits depend on how many rows are multiplied at once
+    assert torch.allclose(found["sae"].linear.weight, weight, rtol=1e-6, atol=1e-7)
+    assert torch.allclose(found["sae"].linear.bias, offset, rtol=1e-6, atol=1e-7)
     linear = x @ weight + offset
     nonlinear = error - linear
     assert torch.allclose(tokens.error[:, 1].double(), error.norm(dim=-1), rtol=1e-6)
@@ -154,7 +155,7 @@ def test_nonlinear_error_is_what_is_not_linear_in_the_sae_itself(acts, sae):
     weight, offset = direct(x[fitting].double(), sae(x[fitting]).detach().double())
     expected = -(sae(x).detach().double() - x.double() @ weight - offset)
     left = nonlinear_error(x.double(), lambda v: sae(v.float()).double(), found["sae"].linear)
-    assert torch.allclose(left, expected, atol=1e-9) and left.norm() > 1
+    assert torch.allclose(left, expected, atol=1e-5) and left.norm() > 1
 
 
 def test_what_is_linear_has_no_nonlinear_error(acts):
