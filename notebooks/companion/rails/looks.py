@@ -5,7 +5,6 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib import ticker
 
 from jumprelu.intervals import mean_interval
 
@@ -28,24 +27,6 @@ def ticks_at(ax: plt.Axes, values: pd.Series) -> None:
     ax.set_xscale("log")
     ax.set_xticks(sorted(values.unique()), [f"{v:g}" for v in sorted(values.unique())])
     ax.xaxis.set_minor_locator(plt.NullLocator())
-
-
-def seed_curves(ax: plt.Axes, data: pd.DataFrame, y: str, label: str) -> None:
-    """`y` over training tokens: one thin curve per seed, and their mean on top."""
-    mean = data.groupby("tokens")[y].mean()
-    (line,) = ax.plot(mean.index, mean, label=label)
-    for _, rows in data.groupby("seed"):
-        ax.plot(
-            rows.tokens,
-            rows[y],
-            color=line.get_color(),
-            linewidth=0.6,
-            alpha=0.5,
-            linestyle=line.get_linestyle(),
-        )
-    ax.set_xlabel("training tokens")
-    ax.xaxis.set_major_locator(ticker.MaxNLocator(4))
-    ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
 
 
 def points_and_mean(ax: plt.Axes, groups: pd.Series, values: pd.Series) -> None:

@@ -104,18 +104,15 @@ def _steps_memory(row: System, size: Size, path: str, threads: int) -> float:
     torch.set_num_threads(threads)
     pool = Pool(load_file(path)["x"])
     tiny = Size(8, 32, 16, 2, "synthetic")
-    make_trainer(row, tiny, Pool(synthetic_activations(64, 8))).step(
-        torch.randn(16, 8)
-    )  # what is loaded at a first step
-    warmed(
-        pool, size, row.architecture
-    ) if row.system == OURS else None  # what is read from disk counts as data
+    # First loads what any first step loads.
+    make_trainer(row, tiny, Pool(synthetic_activations(64, 8))).step(torch.randn(16, 8))
+    if row.system == OURS:
+        warmed(pool, size, row.architecture)  # what is read from disk counts as data
     pool.inputs  # noqa: B018 (touches all of it)
     with suppress(OSError):  # Linux: the peak begins here; elsewhere it may have been before
         Path("/proc/self/clear_refs").write_text("5")
-    with suppress(
-        OSError, AttributeError
-    ):  # without it the steps would begin with memory that is free and yet counted
+    # Without it the steps would begin with memory that is free and yet counted.
+    with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     before = psutil.Process().memory_info().rss
     trainer = make_trainer(row, size, pool)
@@ -209,9 +206,8 @@ def speed_table(
     with torch.no_grad():
         calls, fast = dict(floors), str(fast_dtype(torch.device("cpu")))[6:]
         for row in finished:
-            if (
-                row.dtype == "float32"
-            ):  # as all SAEs are; ours look for what is active in the faster type
+            # All SAEs are float32; ours look for what is active in the faster type.
+            if row.dtype == "float32":
                 searches = row.system == OURS and row.architecture != "topk"
                 calls[row._replace(dtype=fast if searches else row.dtype)] = finished[
                     row
@@ -230,9 +226,8 @@ def speed_table(
 
     table = []
     for task, measured in seconds.items():
-        baseline = next(
-            row for row in measured if row[:2] == BASELINE[:2]
-        )  # at inference, in the faster type
+        # At inference it is in the faster type.
+        baseline = next(row for row in measured if row[:2] == BASELINE[:2])
         one, ours = (
             statistics.median(measured[row]) for row in (System(FLOOR, "one product"), baseline)
         )

@@ -105,9 +105,8 @@ def measure(
                 console.print_exception()
                 continue
             table.insert(0, "device", facts["device"])
-            write_text(
-                csv, table.to_csv(index=False, float_format="%.6g")
-            )  # before the record that vouches for it
+            # Written before the record that vouches for it.
+            write_text(csv, table.to_csv(index=False, float_format="%.6g"))
             record = facts | more | {"size": str(size), "seconds": round(now(device) - began, 1)}
             write_json(path, records | {part: record})
         table = pd.read_csv(csv).drop(columns="device")

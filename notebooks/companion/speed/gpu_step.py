@@ -104,9 +104,8 @@ def measure_step(size: Size, device: torch.device, lm: Any = None) -> Result:
     rows, facts, (d_in, batch) = [], {}, (size.lm["hidden_size"], size.batch)
     for d_sae in size.widths:
         rates = facts[f"rates at {d_sae}"] = measure_rates(d_in, d_sae, size, device)
-        config = TrainConfig(
-            d_sae=d_sae, steps=10_000, batch_size=batch, bandwidth=0.02, lr=1e-9
-        )  # the state stays as it is
+        # So small an lr leaves the state as it is.
+        config = TrainConfig(d_sae=d_sae, steps=10_000, batch_size=batch, bandwidth=0.02, lr=1e-9)
         state = _State(
             SimpleNamespace(d_in=d_in),
             config,

@@ -97,9 +97,8 @@ def profile_step(state: _State, batches: Sequence[torch.Tensor]) -> pd.DataFrame
             key = f"{Path(file).stem}.{name}", ""
             seconds[key] = seconds.get(key, 0.0) + own
         for (from_file, _, from_name), (_, _, _, all_within) in callers.items():
-            if inside and not from_file.startswith(
-                package
-            ):  # called back: by the backward pass, a module or a decorator
+            # Called back by the backward pass, a module or a decorator.
+            if inside and not from_file.startswith(package):
                 seconds["autograd", ""] -= all_within
             elif from_file.startswith(package) and not inside:
                 called = re.sub(r"<(?:built-in )?method '?([\w.]+).*", r"\1", name).rpartition(".")[

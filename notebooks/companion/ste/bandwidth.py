@@ -66,9 +66,8 @@ def bandwidth_sweep(
     ]
     rows = []
     for repeat in tqdm(range(repeats), desc="bandwidths"):
-        moments = torch.zeros(
-            len(settings), 2, 2, len(gradient), dtype=torch.float64
-        )  # setting, exact?, power
+        # [settings, by autograd or exact, power 1 or 2, latents]
+        moments = torch.zeros(len(settings), 2, 2, len(gradient), dtype=torch.float64)
         inside = torch.zeros(len(settings), dtype=torch.float64)
         for x in inputs.batches(n, generator):
             distance = x @ coder.W_enc + coder.b_enc - coder.threshold

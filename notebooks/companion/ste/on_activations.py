@@ -74,9 +74,8 @@ def measure_gradients(
     tables = []
     for b, x in enumerate(tqdm(batches, desc="gradients")):
         z, on, without, norms = worth_terms(coder, x)
-        to_f = (
-            -2 * (without - z * on * norms)[:, latents]
-        )  # ∂‖x − x̂‖²/∂f_i, the same for every bandwidth
+        # ∂‖x − x̂‖²/∂f_i, the same for every bandwidth
+        to_f = -2 * (without - z * on * norms)[:, latents]
         z, without, norms, theta = (
             z[:, latents],
             without[:, latents],
@@ -344,9 +343,8 @@ def best_along(measured: pd.DataFrame, reference: float, averaged: float = 1.0) 
     for share, one in measured.groupby("run_share"):
         gradient = _reference_gradient(one, reference)
         widths = np.sort(one.bandwidth.unique())
-        estimates = np.stack(
-            [_by_batch(one, width, "ste") for width in widths], axis=1
-        )  # [batches, bandwidths, latents]
+        # [batches, bandwidths, latents]
+        estimates = np.stack([_by_batch(one, width, "ste") for width in widths], axis=1)
 
         log_best = functools.partial(_log_best, widths=widths, averaged=averaged)
         found = jackknife(leave_one_out(log_best, estimates, gradient))

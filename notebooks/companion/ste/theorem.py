@@ -282,9 +282,8 @@ def theorem_symbolic() -> pd.DataFrame:
     theta, sigma, n, epsilon, kappa = sp.symbols("theta sigma n epsilon kappa", positive=True)
     y, u, a, c, lam = sp.symbols("y u a c lambda", real=True)
     density = sp.exp(-(y**2) / (2 * sigma**2)) / (sigma * sp.sqrt(2 * sp.pi))
-    gain_when_on = (
-        2 * y * (a * y + c) - n * y**2 - lam
-    )  # mean over the noise of ‖r₋‖² − ‖r₋ − πd‖² − λ
+    # The mean over the noise of ‖r₋‖² − ‖r₋ − πd‖² − λ
+    gain_when_on = 2 * y * (a * y + c) - n * y**2 - lam
     derivative = sp.diff(-sp.integrate(sp.expand(gain_when_on) * density, (y, theta, sp.oo)), theta)
     theorem = (2 * theta * (a * theta + c) - theta**2 * n - lam) * density.subs(y, theta)
     p, R = sp.Function("p"), sp.Function("R")

@@ -90,13 +90,11 @@ def best_activation(
     s = s[order]
     n = torch.arange(1, len(y) + 1, dtype=y.dtype)
     sum_y, sum_yy, sum_s, sum_ys = (v.cumsum(0) for v in (y, y * y, s, y * s))
-    threshold = torch.cat(
-        [(y[:-1] + y[1:]) / 2, y[-1:]]
-    )  # on: the samples up to this place in the order
+    # At each threshold the samples up to that place in the order are on.
+    threshold = torch.cat([(y[:-1] + y[1:]) / 2, y[-1:]])
     bias = torch.zeros_like(y) if name == "JumpReLU" else threshold
-    ff = (
-        sum_yy - 2 * bias * sum_y + bias**2 * n
-    )  # Σ f² and Σ f·s over the samples that are on, at gain 1
+    # Σ f² and Σ f·s over the samples that are on, at gain 1
+    ff = sum_yy - 2 * bias * sum_y + bias**2 * n
     fs = sum_ys - bias * sum_s
     gain = fs / ff if name == "biased ReLU with gain" else torch.ones_like(y)
     objective = (gain**2 * ff - 2 * gain * fs + sparsity * n).masked_fill(threshold <= 0, math.inf)

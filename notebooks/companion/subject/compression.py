@@ -54,9 +54,8 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     by one.
     """
     n_ids = max(tokenizer.get_vocab().values()) + 1
-    words = [
-        word or "" for word in tokenizer.convert_ids_to_tokens(range(n_ids))
-    ]  # None: an id that was left out
+    # None is an id that was left out.
+    words = [word or "" for word in tokenizer.convert_ids_to_tokens(range(n_ids))]
     special = set(tokenizer.all_special_ids)
     alphabet = _byte_alphabet()
     if "<0x0A>" in words:

@@ -74,17 +74,17 @@ class NGram:
             )
         self.vocab_size = vocab_size
         symbols, depth = symbols.astype(np.int64), _depth(row)
+        # Order 1 has the empty context alone, with id 0.
         contexts, keys = (
             [np.zeros(1, np.int64)],
             [symbols],
-        )  # order 1 has the empty context alone, with id 0
+        )
         context = np.zeros(len(symbols), np.int64)
         for k in range(1, order):
             key = _older(context, symbols, depth, k, vocab_size)
             known, ids = np.unique(key, return_inverse=True)
-            context = (
-                ids - 1
-            )  # the first symbol of a row has no context, so known[0] is −1, and stays −1
+            # The first symbol of a row has no context, so known[0] is −1, and stays −1
+            context = ids - 1
             contexts.append(known[1:])
             keys.append(np.where(context >= 0, context * vocab_size + symbols, -1))
         self.levels = [None] * order

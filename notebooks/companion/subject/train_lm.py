@@ -179,9 +179,8 @@ def training_rows(config: LMConfig, work: Path):
         tokenizer.save_pretrained(folder)
         with writing(folder / "rows.pt") as f:
             torch.save({"train": train.ids[order].to(torch.int32), "heldout": heldout.ids}, f)
-        whole = isinstance(
-            texts, datasets.Dataset
-        )  # a streamed source has no length, and its end may be far
+        # A streamed source has no length, and its end may be far.
+        whole = isinstance(texts, datasets.Dataset)
         corpus = (
             {"corpus": fingerprint(load_texts(config.source, "test")), "documents": len(texts)}
             if whole

@@ -56,9 +56,8 @@ def explained_share(
     total = squares - sums.sum(0).square() / n
     within = squares - (sums.square() / counts[:, None]).sum(0)
     share = 1 - (within / (n - g)) / (total / (n - 1))
-    return torch.where(
-        (total > 1e-12 * squares) & (n > g), share, torch.nan
-    )  # a total below that is rounding
+    # A total below that is rounding.
+    return torch.where((total > 1e-12 * squares) & (n > g), share, torch.nan)
 
 
 def log_bins(positions: torch.Tensor, length: int, bins: int) -> torch.Tensor:
@@ -209,9 +208,8 @@ def describe_latents(
     if sae.W_enc.device != lm.device:
         sae = copy.deepcopy(sae).to(lm.device)  # the caller's stays where it is
     special = torch.tensor(lm.special_ids, device=lm.device)
-    names, group = tokens.ids.unique(
-        return_inverse=True
-    )  # the ids that occur: fewer groups than the vocabulary may have
+    # The ids that occur: fewer groups than the vocabulary may have
+    names, group = tokens.ids.unique(return_inverse=True)
     before = torch.cat([torch.full_like(group[:, :1], len(names)), group[:, :-1]], 1)
     length = tokens.ids.shape[1]
     bins = log_bins(torch.arange(length), length, position_bins).expand_as(group)

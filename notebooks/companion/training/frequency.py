@@ -93,9 +93,8 @@ def frequency_histogram(
 
     def shares(frequency: torch.Tensor) -> np.ndarray:
         logs = frequency[frequency > 0].double().log10()
-        place = (
-            torch.ceil(logs * bins - 1e-6).long() + number - 1
-        )  # 1e-6: 0.1 in float32 is at the edge too
+        # 1e-6: 0.1 in float32 is at the edge too
+        place = torch.ceil(logs * bins - 1e-6).long() + number - 1
         counts = torch.bincount(place, minlength=number)
         return np.r_[(frequency == 0).sum().item(), counts.numpy()] / len(frequency)
 

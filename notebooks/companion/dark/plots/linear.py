@@ -140,9 +140,8 @@ def dark_architectures(data: pd.DataFrame) -> Figure:
         ax.set_ylabel(label)
     for ax in axes[:2]:
         ax.set_ylim(r2_limits(data[data.quantity.isin(R2_LOOKS)]))
-    axes[2].set_ylim(
-        0, 1.2 * data[data.quantity == "fvu"]["mean"].max()
-    )  # a collapsed seed would take all the room
+    # A collapsed seed would take all the room.
+    axes[2].set_ylim(0, 1.2 * data[data.quantity == "fvu"]["mean"].max())
     legend_above(
         axes[2],
         [

@@ -167,9 +167,8 @@ def dark_pairs(data: pd.DataFrame) -> Figure:
                         linestyle="--",
                     )
                 )
-        image = ax.imshow(
-            shades, cmap="Blues", vmin=0, vmax=1.6, aspect="equal"
-        )  # 1 is light enough for black text
+        # A share of 1 is light enough for black text.
+        image = ax.imshow(shades, cmap="Blues", vmin=0, vmax=1.6, aspect="equal")
         ax.set_xticks(range(len(widths)), [f"{width:g}" for width in widths])
         ax.set_yticks(range(len(widths)), [f"{width:g}" for width in widths])
         ax.grid(False)

@@ -349,9 +349,8 @@ def estimator_along_run(data: pd.DataFrame) -> Figure:
         yscale="log", xlabel="share of the run", ylabel="bandwidth ε (units in which E‖x‖² = 1)"
     )
     grid = data.bandwidth.min(), data.bandwidth.max()
-    best.set_ylim(
-        min(grid[0], each.schedule.min()) / 1.3, max(grid[1], each.schedule.max()) * 1.3
-    )  # intervals may be endless
+    # Intervals may be endless, so the axis ends near the values.
+    best.set_ylim(min(grid[0], each.schedule.min()) / 1.3, max(grid[1], each.schedule.max()) * 1.3)
     best.xaxis.set_major_formatter(ticker.PercentFormatter(1))
     best.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     best.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))

@@ -161,9 +161,8 @@ def dead_latents(data: pd.DataFrame) -> Figure:
     for ax, way in zip(axes[0], ways, strict=True):
         _over_l0(ax, data[data.counted == way], "share")
         ax.set_title(way)
-        ax.set_ylim(
-            0, np.clip(ax.get_ylim()[1], 0.01, FULL)
-        )  # nothing dead is a line at 0, and not an axis of rounding errors
+        # Nothing dead is a line at 0, and not an axis of rounding errors
+        ax.set_ylim(0, np.clip(ax.get_ylim()[1], 0.01, FULL))
     axes[0, 0].set_ylabel("share of latents")
     axes[0, -1].legend()
     return fig

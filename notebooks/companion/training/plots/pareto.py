@@ -276,9 +276,8 @@ def scaling(data: pd.DataFrame) -> Figure:
             span = shown.x.max() / shown.x.min()
             for place, (name, look) in enumerate(looks):
                 rows = shown[shown.architecture == name]
-                found = {
-                    x: mean_interval(values) for x, values in rows.groupby("x").value
-                }  # in the order of x
+                # In the order of x
+                found = {x: mean_interval(values) for x, values in rows.groupby("x").value}
                 x, means = np.array(list(found)), np.array([each.mean for each in found.values()])
                 apart = x * span ** (0.015 * (place - (len(looks) - 1) / 2))
                 ax.errorbar(

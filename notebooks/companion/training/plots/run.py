@@ -5,12 +5,31 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from ...rails.figures import use_style
-from ...rails.looks import points_and_mean, seed_curves
+from ...rails.looks import points_and_mean
 
 use_style()
+
+
+def _seed_curves(ax: plt.Axes, data: pd.DataFrame, y: str, label: str) -> None:
+    """`y` over training tokens: one thin curve per seed, and their mean on top."""
+    mean = data.groupby("tokens")[y].mean()
+    (line,) = ax.plot(mean.index, mean, label=label)
+    for _, rows in data.groupby("seed"):
+        ax.plot(
+            rows.tokens,
+            rows[y],
+            color=line.get_color(),
+            linewidth=0.6,
+            alpha=0.5,
+            linestyle=line.get_linestyle(),
+        )
+    ax.set_xlabel("training tokens")
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(4))
+    ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
 
 
 def training(data: pd.DataFrame) -> Figure:
@@ -22,12 +41,12 @@ def training(data: pd.DataFrame) -> Figure:
     _p50, _p95.
     """
     fig, axes = plt.subplots(1, 5, figsize=(13, 2.8), layout="constrained")
-    seed_curves(axes[0], data, "sparsity", "λ")
+    _seed_curves(axes[0], data, "sparsity", "λ")
     axes[0].set(ylabel="price of one active latent", title="λ")
     for ax, column, title in zip(
         axes[1:], ("l0", "fvu", "dead"), ("L0", "FVU", "dead latents"), strict=False
     ):
-        seed_curves(ax, data, column, "mean of seeds")
+        _seed_curves(ax, data, column, "mean of seeds")
         ax.set(ylabel="share" if column == "dead" else title, title=title)
     axes[1].set_ylim(0, data.l0.quantile(0.98) * 1.3)  # the first steps can be far above
     axes[2].set_ylim(0, min(1.2, data.fvu.max() * 1.05))
@@ -37,7 +56,7 @@ def training(data: pd.DataFrame) -> Figure:
         ("threshold_p50", "median"),
         ("threshold_p05", "5 %"),
     ):
-        seed_curves(axes[4], data, quantile, label)
+        _seed_curves(axes[4], data, quantile, label)
     axes[4].set(ylabel="θ, unit of √E‖x‖²", title="thresholds", ylim=(0, None))
     axes[4].legend()
     return fig
@@ -52,13 +71,13 @@ def diagnostics(data: pd.DataFrame) -> Figure:
     sparsity_push.
     """
     fig, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
-    seed_curves(axes[0], data, "window_share", "pre-activations")
-    seed_curves(axes[0], data, "window_latents", "latents with any")
+    _seed_curves(axes[0], data, "window_share", "pre-activations")
+    _seed_curves(axes[0], data, "window_latents", "latents with any")
     axes[0].set(yscale="log", ylabel="share within reach of θ", title="who trains θ")
-    seed_curves(axes[1], data, "threshold_travel", "travel")
+    _seed_curves(axes[1], data, "threshold_travel", "travel")
     axes[1].set(ylabel="mean |log θ − log θ_init|, nats", title="how far θ went")
-    seed_curves(axes[2], data[data.sparsity > 0], "reconstruction_push", "reconstruction")
-    seed_curves(axes[2], data[data.sparsity > 0], "sparsity_push", "sparsity")
+    _seed_curves(axes[2], data[data.sparsity > 0], "reconstruction_push", "reconstruction")
+    _seed_curves(axes[2], data[data.sparsity > 0], "sparsity_push", "sparsity")
     axes[2].set(yscale="log", ylabel="mean |gradient| of θ", title="what pushes θ")
     axes[0].legend()
     axes[2].legend()
