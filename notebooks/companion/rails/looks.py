@@ -5,8 +5,13 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib import ticker
+from matplotlib.axis import Axis
 
 from jumprelu.intervals import mean_interval
+
+GREY = "#717581"
+"""Of what is no data: zero lines, levels to compare with."""
 
 
 def look_of(text: str) -> dict[str, str]:
@@ -27,6 +32,32 @@ def ticks_at(ax: plt.Axes, values: pd.Series) -> None:
     ax.set_xscale("log")
     ax.set_xticks(sorted(values.unique()), [f"{v:g}" for v in sorted(values.unique())])
     ax.xaxis.set_minor_locator(plt.NullLocator())
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Ticks in plain numbers on a logarithmic axis, at the roundest values of which at least three
+    are in view."""
+    low, high = sorted(axis.get_view_interval())
+    tens = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    for steps in (
+        (1,),
+        (1, 3),
+        (1, 2, 5),
+        (1, 1.5, 2, 3, 5, 7),
+        np.arange(1, 10, 0.5),
+        np.arange(1, 10, 0.1),
+    ):
+        ticks = [value for value in np.outer(tens, steps).ravel() if low <= value <= high]
+        if len(ticks) >= 3:
+            break
+    axis.set_ticks(ticks, [f"{value:.4g}" for value in ticks])
+    axis.set_minor_locator(ticker.NullLocator())
+
+
+def l0_axis(ax: plt.Axes, l0: pd.Series) -> None:
+    """Logarithmic x axis over `l0`, marked in plain numbers."""
+    ax.set(xscale="log", xlim=(0.8 * l0.min(), 1.25 * l0.max()), xlabel="L0")
+    plain_ticks(ax.xaxis)
 
 
 def points_and_mean(ax: plt.Axes, groups: pd.Series, values: pd.Series) -> None:

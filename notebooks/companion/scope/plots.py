@@ -10,11 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..rails.figures import use_style
-from ..rails.looks import error_bars, look_of, ticks_at
+from ..rails.looks import GREY, error_bars, l0_axis, look_of, ticks_at
 
 use_style()
 
-GREY = "#717581"
 SITES = {
     "resid_post": "3f90da - o",
     "mlp_out": "bd1f01 -- s",
@@ -23,7 +22,7 @@ SITES = {
 }
 WIDTHS = ("ffa90e : o", "3f90da -- s", "832db6 - D", "bd1f01 -. ^", "717581 - v", "a96b59 -- P")
 METRICS = {"delta_loss": "delta LM loss (nats per token)", "fvu": "FVU"}
-PARTS = {
+STEP_PARTS = {
     "encode": ("#3f90da", ""),
     "weights": ("#ffa90e", "//"),
     "entries": ("#832db6", ".."),
@@ -40,19 +39,6 @@ def _width_looks(data: pd.DataFrame) -> dict[int, dict[str, str]]:
         width: look_of(look) | {"label": f"{width:g}"}
         for width, look in zip(sorted(data.width.unique()), WIDTHS, strict=False)
     }
-
-
-def _l0_axis(ax: plt.Axes, l0: pd.Series) -> None:
-    """Logarithmic x axis, marked in plain numbers."""
-    low, high = 0.85 * l0.min(), 1.18 * l0.max()
-    marks = [
-        mark
-        for mark in (1, 2, 3, 5, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000)
-        if low <= mark <= high
-    ]
-    ax.set(xscale="log", xlim=(low, high), xlabel="L0")
-    ax.set_xticks(marks, [f"{mark:g}" for mark in marks])
-    ax.xaxis.set_minor_locator(ticker.NullLocator())
 
 
 def _plain(axis: plt.Axis) -> None:
@@ -97,7 +83,7 @@ def scope_tradeoff(data: pd.DataFrame) -> Figure:
     for ax, (metric, label) in zip(axes, METRICS.items(), strict=True):
         for site, rows in data.groupby("site", sort=False):
             _curves(ax, rows, metric, _look(site))
-        _l0_axis(ax, data.l0)
+        l0_axis(ax, data.l0)
         ax.set_ylabel(label)
     _floor(axes[0], data.delta_loss)
     axes[1].set_ylim(0, None)
@@ -158,7 +144,7 @@ def scope_widths(data: pd.DataFrame) -> Figure:
         for ax, metric in zip(column, METRICS, strict=True):
             for width, look in looks.items():
                 _curves(ax, rows[rows.width == width], metric, look)
-            _l0_axis(ax, data.l0)
+            l0_axis(ax, data.l0)
         _floor(column[0], rows.delta_loss)
         column[0].set(title=site, xlabel="")
         column[1].set_ylim(0, 1.1 * data.fvu.max())
@@ -328,7 +314,7 @@ def scope_uniformity(data: pd.DataFrame) -> Figure:
             elinewidth=0.8,
             **_look(site),
         )
-    _l0_axis(ax, data.l0)
+    l0_axis(ax, data.l0)
     ax.set_ylabel("r$_\\mathrm{L0}$")
     ax.legend()
     return fig
@@ -385,7 +371,7 @@ def scope_plan(data: pd.DataFrame) -> Figure:
     fig, ax = plt.subplots(figsize=(7.4, 1.2 + 0.42 * (len(steps) + 1)))
     for place, gpus in enumerate(steps.gpus):
         start = 0.0
-        for part, (color, hatch) in PARTS.items():
+        for part, (color, hatch) in STEP_PARTS.items():
             value = data[(data.gpus == gpus) & (data.quantity == f"step: {part}")].value.iloc[0]
             ax.barh(
                 place,
@@ -418,5 +404,5 @@ def scope_plan(data: pd.DataFrame) -> Figure:
         xlim=(0, 1.15 * reported.value),
     )
     ax.grid(axis="y", visible=False)
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=len(PARTS))
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=len(STEP_PARTS))
     return fig

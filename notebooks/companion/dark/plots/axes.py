@@ -5,9 +5,6 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib import ticker
-
-GREY = "#717581"
 
 LEAST_FVU = 1e-4
 """Where an axis of FVU ends: linear controls have a nonlinear error of rounding alone."""
@@ -69,20 +66,6 @@ def r2_limits(data: pd.DataFrame) -> tuple[float, float]:
     :data:`LEAST_R2`."""
     lowest = max(data[["mean", "low"]].min(axis=None), LEAST_R2)
     return lowest - 0.05 * (1 - lowest) - 0.01, 1 + 0.04 * (1 - lowest) + 0.01
-
-
-def l0_axis(ax: plt.Axes, l0: pd.Series) -> None:
-    """Logarithmic x axis over `l0`, marked in plain numbers, the roundest of which at least three
-    are in view."""
-    low, high = 0.8 * l0.min(), 1.25 * l0.max()
-    tens = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-    for steps in ((1,), (1, 3), (1, 2, 5), np.arange(1, 10, 0.5), np.arange(1, 10, 0.1)):
-        marks = [mark for mark in np.outer(tens, steps).ravel() if low <= mark <= high]
-        if len(marks) >= 3:
-            break
-    ax.set(xscale="log", xlim=(low, high), xlabel="L0")
-    ax.set_xticks(marks, [f"{mark:.3g}" for mark in marks])
-    ax.xaxis.set_minor_locator(ticker.NullLocator())
 
 
 def moved_apart(number: int, many: int) -> float:

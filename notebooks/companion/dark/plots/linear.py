@@ -9,17 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ...rails.figures import use_style
-from ...rails.looks import architecture_look
+from ...rails.looks import GREY, architecture_look, l0_axis
 from .axes import (
     FVU_LOOKS,
     FVU_NL,
-    GREY,
     LEAST_FVU,
     LEAST_R2,
     NORM_R2,
     R2_LOOKS,
     VECTOR_R2,
-    l0_axis,
     legend_above,
     moved_apart,
     names_down,

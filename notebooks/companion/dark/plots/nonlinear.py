@@ -11,11 +11,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ...rails.figures import use_style
-from ...rails.looks import architecture_look, error_bars, points_and_mean, ticks_at
+from ...rails.looks import GREY, architecture_look, error_bars, points_and_mean, ticks_at
 
 use_style()
-
-GREY = "#717581"
 
 VECTOR_LOOKS = {
     "error": {"label": "error", "color": "#e76300", "marker": "^"},

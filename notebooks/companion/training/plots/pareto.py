@@ -6,13 +6,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib import ticker
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from jumprelu.intervals import mean_interval
 
 from ...rails.figures import use_style
-from ...rails.looks import architecture_look, error_bars
+from ...rails.looks import architecture_look, error_bars, plain_ticks
 from ...rails.scaling import fit_power_law
 
 use_style()
@@ -21,32 +20,12 @@ METRIC_LABELS = {"fvu": "FVU", "delta_loss": "delta LM loss, nats per token"}
 RATIO_LABELS = {"fvu": "FVU", "delta_loss": "delta LM loss"}
 
 
-def _plain_ticks(axis: Axis) -> None:
-    """Ticks in plain numbers on a logarithmic axis, at the roundest values of which at least three
-    are in view."""
-    low, high = sorted(axis.get_view_interval())
-    tens = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-    for steps in (
-        (1,),
-        (1, 3),
-        (1, 2, 5),
-        (1, 1.5, 2, 3, 5, 7),
-        np.arange(1, 10, 0.5),
-        np.arange(1, 10, 0.1),
-    ):
-        ticks = [value for value in np.outer(tens, steps).ravel() if low <= value <= high]
-        if len(ticks) >= 3:
-            break
-    axis.set_ticks(ticks, [f"{value:.4g}" for value in ticks])
-    axis.set_minor_locator(ticker.NullLocator())
-
-
 def _log_axes(ax: plt.Axes) -> None:
     """Both axes logarithmic with plain numbers; to be called when the limits are as they will
     be."""
     ax.set(xscale="log", yscale="log")
-    _plain_ticks(ax.xaxis)
-    _plain_ticks(ax.yaxis)
+    plain_ticks(ax.xaxis)
+    plain_ticks(ax.yaxis)
 
 
 def tuning(data: pd.DataFrame) -> Figure:
@@ -306,7 +285,7 @@ def scaling(data: pd.DataFrame) -> Figure:
         ].get_ylim()  # an interval of few seeds may go down to 0, and would flatten the curves
         line[0].set_ylim(max(low, min(middles) / 3), min(high, max(middles) * 3))
         line[0].set_ylabel(METRIC_LABELS[metric])
-        _plain_ticks(line[0].yaxis)
+        plain_ticks(line[0].yaxis)
     for ax, quantity in zip(axes[-1], quantities, strict=True):
         plain = (
             ticker.EngFormatter(sep="")
