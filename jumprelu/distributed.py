@@ -1,6 +1,6 @@
 """One training run on several devices, on torch.distributed: tokens are dealt out, and latents too.
 
-    torchrun --nproc-per-node 4 -m companion.rails.launch --profile gemma-2-9b --latents 2 --out DIR
+    torchrun --nproc-per-node 4 -m jumprelu train ACTS --config config.yaml --latents 2 --out DIR
 
 Notable here:
 - processes form a mesh, data × latents. Along `data` they see different tokens of each batch and

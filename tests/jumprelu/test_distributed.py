@@ -14,7 +14,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from companion.rails.launch import main, parameters
 
 from jumprelu.activations import activations_from_tensor, open_activations
 from jumprelu.distributed import ALONE, Team, latent_dim, start
@@ -253,51 +252,3 @@ def test_a_team_needs_a_folder(store):
     OfSize.sizes = {"data": 2, "latents": 1}
     with pytest.raises(ValueError, match="give train"):
         train(store, TrainConfig(**BASE), team=OfSize())
-
-
-def test_the_command_line_takes_the_parameters_of_notebook_02(root):
-    values, config = parameters(
-        root, "gemma-2-9b", ["d_sae=131072", "architecture=gated", "betas=[0.0, 0.99]", "lr=3e-4"]
-    )
-    assert values["model"] == "google/gemma-2-9b" and config.batch_size == 4096
-    assert (config.d_sae, config.architecture, config.betas, config.lr) == (
-        131072,
-        "gated",
-        (0.0, 0.99),
-        3e-4,
-    )
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--set", "witdh=3"], "expected name=value"),
-        (["--profile", "none"], "no profile 'none'"),
-        (["--set", "lr=-1"], "lr must be"),
-        (["--latents", "2"], "cannot be dealt"),
-        (["--set", "d_sae=64.5"], "expected int"),
-        (["--set", "betas=[0.0"], "not a value in YAML"),
-        (["--set", "seeds=3"], "expected name=value"),
-        (["--set", "model=/no/such/folder"], "no/such/folder"),
-    ],
-)
-def test_the_command_line_refuses_what_it_cannot_do(tmp_path, capsys, arguments, message):
-    with pytest.raises(SystemExit) as stop:
-        main(["--out", str(tmp_path), *arguments])
-    assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_the_command_line_trains(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("JUMPRELU_CACHE", str(tmp_path / "cache"))
-    changes = ["train_rows=4", "rows_per_document=1", "d_sae=64", "steps=5", "batch_size=64"]
-    main(
-        [
-            "--out",
-            str(tmp_path / "run"),
-            "--device",
-            "cpu",
-            *(part for change in changes for part in ("--set", change)),
-        ]
-    )
-    assert "d_sae=64" in capsys.readouterr().out
-    assert SAE.load(tmp_path / "run").origin.layer == 3

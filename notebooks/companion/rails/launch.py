@@ -1,158 +1,93 @@
-r"""Train the SAE of a profile from the command line, on one device or on many.
+"""From a profile to a run outside of notebooks: what notebook 02 would train under it.
 
     cd notebooks
-    python -m companion.rails.launch --profile laptop --out runs/laptop
-    torchrun --nproc-per-node 8 -m companion.rails.launch --profile gemma-2-9b --latents 4 \
-        --out runs/9b
+    python -m companion.rails.launch --profile gemma-2-9b --out ../runs/9b
 
-The parameters are those of notebook 02 under that profile. The first process harvests the
-activations, or finds them in the cache; then all train (`distributed.py`). Interrupted, the same
-command goes on from the last checkpoint, on any number of processes; with torchrun's --max-restarts
-it does so by itself.
+harvests the activations of that notebook, or finds them in the cache, writes the configuration of
+its main run to `config.yaml` in the folder, and prints the command that trains it
+(`python -m jumprelu train`), on one device or on many.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
+import yaml
 
-from jumprelu.activations import INDEX, open_activations
+from jumprelu.activations import Activations
 from jumprelu.corpus import load_texts, tokenize
-from jumprelu.distributed import start
+from jumprelu.files import write_text
 from jumprelu.harvest import harvest
 from jumprelu.lm import load_lm
 from jumprelu.recipe import TrainConfig
-from jumprelu.train import train
 
 from .cache import remember
 from .figures import ROOT
-from .profiles import DEFAULT_PROFILE, check_profile, find_notebooks, read_value
+from .profiles import DEFAULT_PROFILE, check_profile, find_notebooks
 
 NOTEBOOK = "02"
 
 
-def parameters(root: Path, profile: str, changes: list[str]) -> tuple[dict[str, Any], TrainConfig]:
+def parameters(root: Path, profile: str) -> tuple[dict[str, Any], TrainConfig]:
     """Notebook 02's parameters under a profile, and the configuration of its main run.
 
-    changes: "name=value" of any parameter of either, the value in YAML. Raises ValueError for an
-    unknown name or a value that the configuration refuses, FileNotFoundError for an unknown profile
-    or where there are no notebooks.
+    Raises FileNotFoundError for an unknown profile or where there are no notebooks, ValueError for
+    a profile that is not as it should be.
     """
-    of_notebook = find_notebooks(root, NOTEBOOK)[0].parameters()
-    values = {name: parameter.default for name, parameter in of_notebook.items()} | check_profile(
-        root, profile
-    )[NOTEBOOK]
-    known = {name: of_notebook[name].annotation for name in HARVEST}
-    known |= {field.name: str(field.type) for field in dataclasses.fields(TrainConfig)}
-    for change in changes:
-        name, equals, text = change.partition("=")
-        if not equals or name not in known:
-            raise ValueError(
-                f"--set {change}: expected name=value with one of {', '.join(sorted(known))}"
-            )
-        values[name] = read_value(text, known[name])
+    notebook = find_notebooks(root, NOTEBOOK)[0]
+    values = {name: parameter.default for name, parameter in notebook.parameters().items()}
+    values |= check_profile(root, profile)[NOTEBOOK]
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
     config = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in values.items()
-        if name in {field.name for field in dataclasses.fields(TrainConfig)}
+        if name in fields
     }
     return values, TrainConfig(**config)
 
 
-HARVEST = (
-    "model",
-    "dataset",
-    "site",
-    "layer",
-    "context_size",
-    "train_rows",
-    "rows_per_document",
-    "storage",
-)
-"""Parameters of the notebook that say what is harvested."""
-
-
-def _harvested(values: dict[str, Any]) -> str:
-    """The folder of the activations to train on."""
+def harvested(values: dict[str, Any]) -> Activations:
+    """The activations that notebook 02 trains on with these parameters; remembered."""
     lm = load_lm(values["model"] or None)
-    tokens = tokenize(
-        load_texts(values["dataset"], "train"),
-        lm.tokenizer,
-        values["context_size"],
-        values["train_rows"],
-        values["rows_per_document"],
-    )
-    acts = remember(
-        harvest, lm, tokens, site=values["site"], layer=values["layer"], dtype=values["storage"]
-    )
-    return str(acts.folder)
+    texts = load_texts(values["dataset"], "train")
+    rows, per_document = values["train_rows"], values["rows_per_document"]
+    tokens = tokenize(texts, lm.tokenizer, values["context_size"], rows, per_document)
+    place = {"site": values["site"], "layer": values["layer"]}
+    return remember(harvest, lm, tokens, **place, dtype=values["storage"])
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(
         "python -m companion.rails.launch", description=__doc__.partition("\n")[0]
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the SAE, its log and the checkpoint"
+        "--out", type=Path, required=True, help="folder for config.yaml and the SAE"
     )
     parser.add_argument(
         "--profile",
         default=DEFAULT_PROFILE,
         help="a file of notebooks/profiles (default: %(default)s)",
     )
-    parser.add_argument(
-        "--set",
-        dest="changes",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="another value for a parameter of notebook 02 or of TrainConfig; may be repeated",
-    )
-    parser.add_argument(
-        "--latents",
-        type=int,
-        default=1,
-        metavar="N",
-        help="deal latents among N of the processes that torchrun starts, tokens among the rest",
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: a GPU where there is one"
-    )
-    parser.add_argument(
-        "--checkpoint-seconds",
-        type=float,
-        default=60,
-        help="seconds between checkpoints (default: %(default)s)",
-    )
     given = parser.parse_args(arguments)
     try:
-        values, config = parameters(ROOT, given.profile, given.changes)
-        team = start(given.latents, given.device)
-        team.check(config)
-        folder = Path(team.tell(lambda: _harvested(values)))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # of the language model
-        team.see(folder / INDEX)
-        sae, log = train(
-            open_activations(folder),
-            config,
-            given.out,
-            given.device,
-            given.checkpoint_seconds,
-            team=team,
-        )
-    except (ValueError, OSError, FloatingPointError) as error:
+        values, config = parameters(ROOT, given.profile)
+        store = harvested(values).folder.resolve()
+        path = given.out.resolve() / "config.yaml"
+        fields = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(config).items()
+        }
+        write_text(path, yaml.safe_dump(fields, sort_keys=False))
+    except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    if team.first:
-        last = log.iloc[-1]
-        print(
-            f"{sae}\nL0 {last.l0:.1f}, FVU {last.fvu:.4f} on its last batch; written to {given.out}"
-        )
-    team.end()
+    train = ["jumprelu", "train", str(store), "--config", str(path), "--out", str(path.parent)]
+    print(f"wrote {path}\nto train it:\n  python -m {shlex.join(train)}")
+    print("or, on 8 devices:\n  torchrun --nproc-per-node 8 -m " + shlex.join(train))
 
 
 if __name__ == "__main__":

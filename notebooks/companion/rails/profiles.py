@@ -183,23 +183,6 @@ def _fits(value: Any, annotation: str) -> bool:
     return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
-def read_value(text: str, annotation: str) -> Any:
-    """A value written as in a profile, such as `3e-3` or `[0.0, 0.999]`; `annotation`: the type
-    that is expected.
-
-    Raises ValueError for text that is no YAML, or of another type.
-    """
-    try:
-        value = yaml.load(text, _Loader)  # noqa: S506 (a subset of the safe loader's)
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"{text!r} is not a value in YAML ({getattr(error, 'problem', error)})"
-        ) from error
-    if not _fits(value, annotation):
-        raise ValueError(f"expected {annotation}, found {value!r}")
-    return value
-
-
 def check_profile(root: Path, name: str) -> dict[str, dict[str, Any]]:
     """Notebook number → parameters that differ from the notebook's own, checked against all
     notebooks.
