@@ -4,13 +4,14 @@
     step_θ(z)     =   H(z − θ)          ð/ðθ = −(1/ε)·K((z − θ)/ε)      ð/ðz = 0
 
 (Rajamanoharan et al. 2024, arXiv 2407.14435, the section on training.) K is a kernel that
-integrates to 1, ε its bandwidth, one for all latents or one for each. Both functions are piecewise
-constant in θ, so their true derivative says nothing; averaged over a batch, the pseudo-derivatives
-are a kernel density estimate of the derivative of the *expected* loss.
+integrates to 1, ε its bandwidth. Both functions are piecewise constant in θ, so their true
+derivative says nothing; averaged over a batch, the pseudo-derivatives are a kernel density estimate
+of the derivative of the *expected* loss.
 
 Notable here:
 - no pseudo-gradient reaches z, so the L0 penalty trains thresholds only. `ste_to_z=True` adds the
   term that is left out, for the ablation that shows what it does.
+- a pseudo-derivative has no derivative of its own: create_graph=True is an error.
 - comparisons are written as ones and zeros of z's own type, in place: booleans would be several
   times as slow on a CPU.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 REACH = {"rectangle": 0.5, "triangular": 1.0, "gaussian": 9.0, "epanechnikov": 1.0}
 """K(u) is zero, or below 1e-17, beyond this |u|."""
@@ -27,7 +29,7 @@ REACH = {"rectangle": 0.5, "triangular": 1.0, "gaussian": 9.0, "epanechnikov": 1
 KERNELS = tuple(REACH)
 
 
-def kernel(u: torch.Tensor, name: str = "rectangle") -> torch.Tensor:
+def kernel(u: Tensor, name: str = "rectangle") -> Tensor:
     """K(u), a density: non-negative, symmetric, integral 1; same shape as `u`.
 
     rectangle: H(u + ½) − H(u − ½), the paper's choice; triangular: (1 − |u|)₊; epanechnikov: ¾(1 −
@@ -45,13 +47,21 @@ def kernel(u: torch.Tensor, name: str = "rectangle") -> torch.Tensor:
 
 
 @torch.no_grad()
-def heaviside(z: torch.Tensor, threshold: torch.Tensor | float) -> torch.Tensor:
+def heaviside(z: Tensor, threshold: Tensor | float) -> Tensor:
     """H(z − θ), ones and zeros in the type and shape of z, to which θ broadcasts; no gradient."""
     return torch.gt(z, threshold, out=torch.empty_like(z))
 
 
-def _sum_to(gradient: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def _sum_to(gradient: Tensor, shape: torch.Size) -> Tensor:
     return gradient.sum_to_size(shape) if gradient.shape != shape else gradient
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():  # in a backward pass: with create_graph=True
+        raise RuntimeError(
+            "a straight-through gradient is not the derivative of what was computed, so it cannot "
+            "be differentiated again: take it without create_graph=True"
+        )
 
 
 class _JumpReLU(torch.autograd.Function):
@@ -63,21 +73,14 @@ class _JumpReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        _refuse_second_derivative()
         z, threshold = ctx.saved_tensors
         bandwidth, kernel_name, ste_to_z = ctx.options
-        spike = (
-            kernel((z - threshold).div_(bandwidth), kernel_name)
-            .mul_(threshold / bandwidth)
-            .mul_(gradient)
-        )
+        spike = kernel((z - threshold).div_(bandwidth), kernel_name)
+        spike.mul_(threshold / bandwidth).mul_(gradient)
         to_z = heaviside(z, threshold).mul_(gradient)
-        return (
-            to_z.add_(spike) if ste_to_z else to_z,
-            -_sum_to(spike, threshold.shape),
-            None,
-            None,
-            None,
-        )
+        to_z = to_z.add_(spike) if ste_to_z else to_z
+        return to_z, -_sum_to(spike, threshold.shape), None, None, None
 
 
 class _Step(torch.autograd.Function):
@@ -89,39 +92,30 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        _refuse_second_derivative()
         z, threshold = ctx.saved_tensors
         bandwidth, kernel_name, ste_to_z = ctx.options
-        spike = kernel((z - threshold).div_(bandwidth), kernel_name).div_(bandwidth).mul_(gradient)
+        spike = kernel((z - threshold).div_(bandwidth), kernel_name)
+        spike.div_(bandwidth).mul_(gradient)
         return spike if ste_to_z else None, -_sum_to(spike, threshold.shape), None, None, None
 
 
-def _fits(shape: torch.Size, z: torch.Tensor) -> bool:
+def _fits(shape: torch.Size, z: Tensor) -> bool:
     try:
         return shape == z.shape or torch.broadcast_shapes(z.shape, shape) == z.shape
     except RuntimeError:
         return False
 
 
-def _checked(
-    threshold: torch.Tensor | float,
-    bandwidth: float | torch.Tensor,
-    kernel_name: str,
-    z: torch.Tensor,
-) -> torch.Tensor:
-    many = isinstance(bandwidth, torch.Tensor)
-    if not ((bandwidth > 0).all() if many else bandwidth > 0):
+def _checked(threshold: Tensor | float, bandwidth: float, kernel_name: str, z: Tensor) -> Tensor:
+    if not bandwidth > 0:
         raise ValueError(
-            f"bandwidth must be above 0, got {bandwidth.min().item() if many else bandwidth}: the paper uses 0.001 "
-            "for inputs with E‖x‖² = 1"
-        )
-    if many and not _fits(bandwidth.shape, z):
-        raise ValueError(
-            f"bandwidth of shape {tuple(bandwidth.shape)} does not fit pre-activations of shape "
-            f"{tuple(z.shape)}: expected [d_sae] (one bandwidth a latent) or a number"
+            f"bandwidth must be above 0, got {bandwidth}: the paper uses 0.001 for inputs with "
+            "E‖x‖² = 1"
         )
     if kernel_name not in KERNELS:
         raise ValueError(f"unknown kernel {kernel_name!r}: expected one of {', '.join(KERNELS)}")
-    if not isinstance(threshold, torch.Tensor):
+    if not isinstance(threshold, Tensor):
         threshold = torch.tensor(threshold, dtype=z.dtype, device=z.device)
     if not _fits(threshold.shape, z):
         raise ValueError(
@@ -132,18 +126,18 @@ def _checked(
 
 
 def jump_relu(
-    z: torch.Tensor,
-    threshold: torch.Tensor | float,
-    bandwidth: float | torch.Tensor,
+    z: Tensor,
+    threshold: Tensor | float,
+    bandwidth: float,
     kernel: str = "rectangle",
     ste_to_z: bool = False,
-) -> torch.Tensor:
+) -> Tensor:
     """z·H(z − θ), with a straight-through gradient to the threshold.
 
     z: pre-activations, any shape [..., d_sae]; threshold: [d_sae] or a scalar, in the units of z;
-    bandwidth: ε > 0 in the units of z, a number or [d_sae], used by the backward pass only; it
-    takes no gradient. Returns the shape of z. At z = θ the latent is off. Raises ValueError for a
-    bandwidth ≤ 0, an unknown kernel, and a threshold or bandwidth that does not broadcast to z.
+    bandwidth: ε > 0 in the units of z, used by the backward pass only. Returns the shape of z. At
+    z = θ the latent is off. Raises ValueError for a bandwidth ≤ 0, an unknown kernel, and a
+    threshold that does not broadcast to z; RuntimeError in a backward pass with create_graph=True.
     Source: Rajamanoharan et al. 2024, the definition of JumpReLU and its pseudo-derivative.
     """
     return _JumpReLU.apply(
@@ -152,12 +146,12 @@ def jump_relu(
 
 
 def step(
-    z: torch.Tensor,
-    threshold: torch.Tensor | float,
-    bandwidth: float | torch.Tensor,
+    z: Tensor,
+    threshold: Tensor | float,
+    bandwidth: float,
     kernel: str = "rectangle",
     ste_to_z: bool = False,
-) -> torch.Tensor:
+) -> Tensor:
     """H(z − θ), 1 where a latent is on and else 0; its sum over latents is L0. Arguments as for
     :func:`jump_relu`."""
     return _Step.apply(z, _checked(threshold, bandwidth, kernel, z), bandwidth, kernel, ste_to_z)

@@ -6,8 +6,10 @@ either the old file or the new one, never half of one.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import tempfile
@@ -66,6 +68,23 @@ def writing(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+@contextmanager
+def locked(folder: str | Path, waiting: str) -> Iterator[None]:
+    """For the time of a block, hold the lock of `folder` alone among all processes.
+
+    While another process holds it, this one waits, and logs `waiting` once. The system gives the
+    lock back when a process ends, however it ends. It is not reentrant.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.getLogger(__name__).warning(waiting)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing the file unlocks it
+
+
 def write_text(path: str | Path, text: str) -> None:
     with writing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -80,7 +99,8 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{path} is not valid JSON ({error}). It was cut off or edited: delete it and write it again"
+            f"{path} is not valid JSON ({error}). It was cut off or edited: delete it and write it "
+            "again"
         ) from error
 
 

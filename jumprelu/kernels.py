@@ -1,29 +1,25 @@
 """Sparse training on a GPU: Triton kernels that find the entries of S, and sum over them.
 
-They compute what the functions of `sparse.py` and `optim.py` compute on a CPU. All of them wait for
+They compute what `sparse.py`, `support.py` and `optim.py` compute on a CPU. All of them wait for
 memory, not for arithmetic, so each says what it moves.
 
 Notable here:
-- entries are in compressed rows throughout: `start`, int32 [rows + 1], says where each row's
-  entries begin, and the end of the last. There are fewer than 2³¹ of them; matrices may have more
-  elements, so offsets into those are 64 bits.
+- entries are in compressed rows: `start`, int32 [rows + 1], says where each row's entries begin,
+  and the end of the last. There are fewer than 2³¹ of them; offsets into matrices are 64 bits.
 - no kernel uses atomics: each output is written once, by one program, in one order. Results are the
   same to the bit from run to run.
-- sums are taken in float32 on the ordinary units, never in TF32; bfloat16 is only ever how a matrix
-  is stored.
-- without Triton (macOS, PyTorch for CPUs) the module can be imported all the same: :func:`serves`
-  is False.
+- sums are taken in float32, never in TF32; bfloat16 is only ever how a matrix is stored.
+- without Triton (macOS, PyTorch for CPUs) the module can be imported: :func:`serves` is False.
 - with TRITON_INTERPRET=1 in the environment before Triton is imported, the same code runs on a CPU,
   for tests.
 
-Sources: Triton is Tillet et al. 2019, "Triton: an intermediate language and compiler for tiled
-neural network computations"; Gao et al. 2024 (arXiv 2406.04093), in an appendix, train SAEs with
-sparse kernels of it.
+Source: Gao et al. 2024 (arXiv 2406.04093), in an appendix, train SAEs with sparse Triton kernels.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -33,9 +29,6 @@ except ImportError:
 
 jit = triton.jit if triton is not None else lambda function: function
 
-ON_CPU = False
-"""Whether the kernels serve tensors on a CPU too, in Triton's interpreter."""
-
 ENTRIES = 8
 """Entries that a program works on at a time: so many rows are on their way from memory at once."""
 
@@ -44,9 +37,10 @@ WIDEST = 2**14
 registers."""
 
 
-def serves(tensor: torch.Tensor) -> bool:
-    """Whether the kernels can be used for tensors that are where this one is."""
-    return triton is not None and (tensor.is_cuda or ON_CPU)
+def serves(tensor: Tensor, wanted: bool | None = None) -> bool:
+    """Whether the kernels are used for tensors that are where this one is; wanted: as
+    :attr:`jumprelu.sparse.SparsePolicy.triton`."""
+    return triton is not None and (tensor.is_cuda if wanted is None else wanted)
 
 
 # ---- finding entries
@@ -87,8 +81,8 @@ def _list(products, bar, start, column_out, value_out, columns, BLOCK: tl.conste
 
 
 def compact(
-    products: torch.Tensor, bar: torch.Tensor | None = None, limit: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    products: Tensor, bar: Tensor | None = None, limit: int | None = None
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """(start, column, value) of the entries of `products` above their row's bar, row by row,
     columns ascending; None if there are more than `limit`.
 
@@ -109,7 +103,8 @@ def compact(
         return None
     if n >= 2**31:
         raise ValueError(
-            f"{n:,} entries are above the bar, and positions are of 32 bits; give fewer rows at a time, or a limit"
+            f"{n:,} entries are above the bar, and positions are of 32 bits; give fewer rows at a "
+            "time, or a limit"
         )
     start = ends.int()
     column = torch.empty(n, dtype=torch.int32, device=products.device)
@@ -119,9 +114,7 @@ def compact(
     return start, column, value
 
 
-def transposed(
-    start: torch.Tensor, column: torch.Tensor, shape: tuple[int, int]
-) -> tuple[torch.Tensor, ...]:
+def transposed(start: Tensor, column: Tensor, shape: tuple[int, int]) -> tuple[Tensor, ...]:
     """(order, start, row) of a matrix's entries in the order of its columns, rows ascending, all
     int32.
 
@@ -162,34 +155,20 @@ def _bag(start, index, weight, rows, out, width, ENTRIES: tl.constexpr, BLOCK: t
     tl.store(out + target * width + column, tl.sum(total, 0), mask=column < width)
 
 
-def bag(
-    start: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor
-) -> torch.Tensor:
+def bag(start: Tensor, index: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
     """Σ over each bag's entries of weight · rows[index], float32 [bags, width]; zeros where a bag
     is empty.
 
     start: int32 [bags + 1]; index: int32 [n]; weight: [n]; rows: float32 or bfloat16 [m, width].
-    With bags of tokens and rows of atoms it decodes; with bags of latents and rows of tokens it is
-    the gradient of a weight. Memory: reads a row an entry; writes `out` once. Programs that run
-    together take the same columns of different bags, so what they share of `rows` is a slice that a
-    cache can hold.
+    Memory: reads a row an entry; writes `out` once. Programs that run together take the same
+    columns of different bags, so what they share of `rows` is a slice that a cache can hold.
     """
     _contiguous(start=start, index=index, weight=weight, rows=rows)
     bags, width = len(start) - 1, rows.shape[1]
     out = torch.empty(bags, width, dtype=torch.float32, device=rows.device)
     block = _power_of_two(width, 512)
-    _launch(
-        _bag,
-        (bags, -(-width // block)),
-        start,
-        index,
-        weight,
-        rows,
-        out,
-        width,
-        ENTRIES=ENTRIES,
-        BLOCK=block,
-    )
+    tensors, sizes = (start, index, weight, rows, out), {"ENTRIES": ENTRIES, "BLOCK": block}
+    _launch(_bag, (bags, -(-width // block)), *tensors, width, **sizes)
     return out
 
 
@@ -204,7 +183,7 @@ def _totals(start, entries, out, BLOCK: tl.constexpr):
     tl.store(out + target, tl.sum(total, 0))
 
 
-def totals(start: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+def totals(start: Tensor, entries: Tensor) -> Tensor:
     """Σ of each bag's entries, float32 [bags]; start: int32 [bags + 1]; entries: [n].
 
     Memory: reads an entry once.
@@ -230,33 +209,20 @@ def _dots(latent, token, rows, atoms, out, n, width, ENTRIES: tl.constexpr, BLOC
     tl.store(out + entry, tl.sum(total, 1), mask=entry < n)
 
 
-def dots(
-    latent: torch.Tensor, token: torch.Tensor, rows: torch.Tensor, atoms: torch.Tensor
-) -> torch.Tensor:
+def dots(latent: Tensor, token: Tensor, rows: Tensor, atoms: Tensor) -> Tensor:
     """⟨rows[token], atoms[latent]⟩ at each entry, float32 [n].
 
     latent, token: int32 [n]; rows: [batch, width]; atoms: [d_sae, width], each float32 or bfloat16.
     Memory: reads a row an entry, and an atom for every `ENTRIES` where entries are latent by
-    latent: those of a program are neighbours, so all but the first find their atom in the nearest
-    cache. A program per latent would save no more, and would wait for the latent that is active on
-    every token.
+    latent, as a program's are neighbours. A program per latent would save no more, and would wait
+    for the latent that is active on every token.
     """
     _contiguous(latent=latent, token=token, rows=rows, atoms=atoms)
     n, width = len(token), rows.shape[1]
+    block = _power_of_two(width, 512)
     out = torch.empty(n, dtype=torch.float32, device=rows.device)
-    _launch(
-        _dots,
-        (-(-n // ENTRIES),),
-        latent,
-        token,
-        rows,
-        atoms,
-        out,
-        n,
-        width,
-        ENTRIES=ENTRIES,
-        BLOCK=_power_of_two(width, 512),
-    )
+    tensors, sizes = (latent, token, rows, atoms, out), {"ENTRIES": ENTRIES, "BLOCK": block}
+    _launch(_dots, (-(-n // ENTRIES),), *tensors, n, width, **sizes)
     return out
 
 
@@ -289,9 +255,8 @@ def _adam(
     g = tl.load(gradient + place, mask=mask, other=0.0)
     if UNIT_NORM:
         g -= tl.sum(g * p, 0) * p
-    v = (
-        beta2 * tl.load(exp_avg_sq + place, mask=mask, other=1.0) + rest2 * g * g
-    )  # 1: beyond the row, no 0/0 where eps is 0
+    v = tl.load(exp_avg_sq + place, mask=mask, other=1.0)  # 1: beyond the row, no 0/0 at eps = 0
+    v = beta2 * v + rest2 * g * g
     tl.store(exp_avg_sq + place, v, mask=mask)
     m = g
     if FIRST_MOMENT:
@@ -304,10 +269,10 @@ def _adam(
 
 
 def adam(
-    parameter: torch.Tensor,
-    gradient: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    exp_avg: torch.Tensor | None,
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg: Tensor | None,
     lr: float,
     betas: tuple[float, float],
     eps: float,
@@ -328,8 +293,8 @@ def adam(
     if unit_norm:
         if parameter.ndim != 2 or parameter.shape[1] > WIDEST:
             raise ValueError(
-                f"unit_norm: rows of a matrix of at most {WIDEST} columns can be kept at norm 1; got a tensor of "
-                f"shape {tuple(parameter.shape)}"
+                f"unit_norm: rows of a matrix of at most {WIDEST} columns can be kept at norm 1; "
+                f"got a tensor of shape {tuple(parameter.shape)}"
             )
         width = parameter.shape[1]
     block = _power_of_two(width, WIDEST)
@@ -337,27 +302,11 @@ def adam(
     # bias corrections, and what beta leaves of 1, in double precision: in float32, 1 − 0.999 is off
     # by a hundred-thousandth
     rate, root2 = lr / (1 - betas[0] ** steps), (1 - betas[1] ** steps) ** 0.5
-    _launch(
-        _adam,
-        grid,
-        parameter,
-        gradient,
-        exp_avg_sq,
-        gradient if exp_avg is None else exp_avg,
-        size,
-        width,
-        rate,
-        betas[0],
-        1 - betas[0],
-        betas[1],
-        1 - betas[1],
-        root2,
-        eps,
-        FIRST_MOMENT=exp_avg is not None,
-        UNIT_NORM=unit_norm,
-        BLOCK=block,
-        num_warps=min(32, max(4, block // 512)),
-    )
+    tensors = parameter, gradient, exp_avg_sq, gradient if exp_avg is None else exp_avg
+    numbers = rate, betas[0], 1 - betas[0], betas[1], 1 - betas[1], root2, eps
+    options = {"FIRST_MOMENT": exp_avg is not None, "UNIT_NORM": unit_norm, "BLOCK": block}
+    warps = min(32, max(4, block // 512))
+    _launch(_adam, grid, *tensors, size, width, *numbers, **options, num_warps=warps)
 
 
 # ---- what all of them need
@@ -368,12 +317,12 @@ def _power_of_two(size: int, largest: int) -> int:
     return min(largest, max(16, 1 << (size - 1).bit_length()))
 
 
-def _contiguous(**tensors: torch.Tensor | None) -> None:
+def _contiguous(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(
-                f"{name}: of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous in memory, "
-                "which the kernels need; give its transpose or .contiguous()"
+                f"{name}: of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not "
+                "contiguous in memory, which the kernels need; give its transpose or .contiguous()"
             )
 
 

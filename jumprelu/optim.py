@@ -44,9 +44,12 @@ class Adam:
         self.steps = 0
 
     @torch.no_grad()
-    def step(self, lr: dict[str, float]) -> None:
-        """One update from the parameters' gradients, which it consumes; lr: learning rate of each
-        parameter by name."""
+    def step(self, lr: dict[str, float], triton: bool | None = None) -> None:
+        """One update from the parameters' gradients, which it consumes.
+
+        lr: learning rate of each parameter by name; triton: as in
+        :class:`jumprelu.sparse.SparsePolicy`.
+        """
         self.steps += 1
         for name, parameter in self.parameters.items():
             gradient, parameter.grad = parameter.grad, None
@@ -54,51 +57,32 @@ class Adam:
                 continue
             moments = self.moments[name]
             tensors = [parameter, gradient, moments["exp_avg_sq"], moments.get("exp_avg", gradient)]
-            if parameter.ndim == 2 and parameter.stride(0) < parameter.stride(
-                1
-            ):  # W_enc: in memory it is latent by latent
-                tensors = [tensor.T for tensor in tensors]
-            if kernels.serves(parameter) and (
-                name not in self.unit_norm or tensors[0].shape[-1] <= kernels.WIDEST
+            if parameter.ndim == 2 and parameter.stride(0) < parameter.stride(1):
+                tensors = [tensor.T for tensor in tensors]  # W_enc: in memory latent by latent
+            unit_norm = name in self.unit_norm
+            if kernels.serves(parameter, triton) and (
+                not unit_norm or tensors[0].shape[-1] <= kernels.WIDEST
             ):
-                first = tensors[3] if "exp_avg" in moments else None
-                kernels.adam(
-                    tensors[0],
-                    tensors[1].contiguous(),
-                    tensors[2],
-                    first,
-                    lr[name],
-                    self.betas,
-                    self.eps,
-                    self.steps,
-                    name in self.unit_norm,
-                )
+                tensors[1] = tensors[1].contiguous()
+                if "exp_avg" not in moments:
+                    tensors[3] = None
+                settings = lr[name], self.betas, self.eps, self.steps, unit_norm
+                kernels.adam(*tensors, *settings)
                 continue
             on_cpu = parameter.device.type == "cpu"
             rows = max(1, BLOCK // tensors[0][0].numel()) if on_cpu else len(tensors[0])
             step = torch.tensor(float(self.steps), device=parameter.device)
             for block in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
-                self._update(*block, step, lr[name], name in self.unit_norm)
+                self._update(*block, step, lr[name], unit_norm)
 
     def _update(
         self, parameter, gradient, exp_avg_sq, exp_avg, step, lr: float, unit_norm: bool
     ) -> None:
         if unit_norm:
             gradient.addcmul_(parameter, (gradient * parameter).sum(-1, keepdim=True), value=-1)
-        torch._fused_adam_(
-            [parameter],
-            [gradient],
-            [exp_avg],
-            [exp_avg_sq],
-            [],
-            [step],
-            lr=lr,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            weight_decay=0.0,
-            eps=self.eps,
-            amsgrad=False,
-            maximize=False,
-        )
+        beta1, beta2 = self.betas
+        options = {"weight_decay": 0.0, "eps": self.eps, "amsgrad": False, "maximize": False}
+        tensors = [parameter], [gradient], [exp_avg], [exp_avg_sq], [], [step]
+        torch._fused_adam_(*tensors, lr=lr, beta1=beta1, beta2=beta2, **options)
         if unit_norm:
             parameter.div_(torch.linalg.vector_norm(parameter, dim=-1, keepdim=True))

@@ -21,16 +21,21 @@ SPARSITY_LOSSES = {
 }
 """Architectures and the sparsity losses each can be trained with; the first is its own."""
 
+POSITIVE = (
+    *("d_sae", "steps", "batch_size", "k", "k_aux", "bandwidth", "threshold_init", "lr"),
+    *("threshold_lr", "l0_target", "frequency_reference", "dead_after"),
+)
+"""Fields of :class:`TrainConfig` that must be above 0."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What to train and how. Defaults are for short runs (10³ to 10⁵ steps); :func:`paper_recipe`
     gives the paper's.
 
-    Departures from the paper's recipe in these defaults, because a run of a few thousand steps
-    moves log θ by only steps × learning rate: a larger `lr`, `threshold_init` and `bandwidth`, a λ
-    that rises over most of the run, a learning rate that decays at the end, and `b_dec` starting at
-    the mean activation.
+    A few thousand steps move log θ by only steps × learning rate. So these defaults depart from the
+    paper in a larger `lr`, `threshold_init` and `bandwidth`, a λ that rises over most of the run, a
+    learning rate that decays at the end, and `b_dec` starting at the mean activation.
     """
 
     architecture: str = "jumprelu"
@@ -39,14 +44,13 @@ class TrainConfig:
     """Number of latents."""
     steps: int = 4000
     stop_after: float = 1.0
-    """Share of the run after which it ends, schedules and all as they are: a look at an SAE
-    half-way. It has the very bits that the whole run has at that step."""
+    """Share of the run after which it ends, with the schedules of the whole run: the SAE has the
+    very bits that the whole run has at that step."""
     batch_size: int = 512
-    """Activations a step. At a few million tokens, more and smaller steps beat fewer and larger
-    ones."""
+    """Activations a step."""
 
     sparsity: float = 1e-3
-    """λ, the price of sparsity: of one active latent (L0 losses), of one unit of L1."""
+    """λ, the price of one active latent (L0 losses), or of one unit of L1."""
     sparsity_loss: str | None = None
     """None: the architecture's own. Otherwise one of SPARSITY_LOSSES[architecture]."""
     l0_target: float = 32.0
@@ -54,15 +58,12 @@ class TrainConfig:
     frequency_reference: float = 0.1
     """ω₀ of the "frequency" loss."""
     tanh_scale: float = 4.0
-    preactivation: float = 0.0
-    """λ_P of the pre-activation loss that goes with "tanh"; 0 leaves it out."""
     k: int = 32
     """Active latents a token, for "topk" and "batchtopk"."""
     topk_buckets: int | None = None
-    """For "topk", an approximation: latent i is dealt into bucket i mod this, each bucket gives its
-    largest pre-activation, and the k largest of those are kept: no search over all of d_sae, as in
-    TPUs' approximate top-k. At least k, at most d_sae; at d_sae, and with None, it is exact. It is
-    of training alone: the finished SAE keeps the exact k largest."""
+    """For "topk", an approximation, from k to d_sae: of each of so many buckets the largest
+    pre-activation, and of those the k largest (:func:`jumprelu.sparse.top`). None: exact. The
+    finished SAE keeps the exact k largest in any case."""
     k_aux: int = 256
     aux_coefficient: float = 1 / 32
     """Weight of AuxK, for "topk" and "batchtopk"."""
@@ -71,18 +72,11 @@ class TrainConfig:
     bandwidth: float = 0.1
     """ε of the straight-through estimators; with `bandwidth_end`, its value at the start."""
     bandwidth_end: float | None = None
-    """If given, ε falls geometrically from `bandwidth` to this over `bandwidth_anneal` of the
-    run."""
+    """If given, ε falls geometrically to this over `bandwidth_anneal` of the run."""
     bandwidth_anneal: float = 0.8
-    bandwidth_by_density: float = 0.0
-    """An exponent a, for "jumprelu": latent i trains with ε_i = ε·(p_i/p̃)^(−a), kept within a
-    factor of 4 of ε. p_i is the density of its pre-activations at its threshold, a running mean; p̃
-    the median of those above 0. 0: one ε for all. 1/3 minimises bias² + variance of the gradient
-    where its bias is of first order in ε (notebook 01) and goes as p_i too."""
     kernel: str = "rectangle"
     ste_to_z: bool = False
-    """Let the estimators' pseudo-gradient reach the pre-activations too: an ablation, off in the
-    paper."""
+    """Let the pseudo-gradient reach the pre-activations too: an ablation, off in the paper."""
     log_threshold: bool = True
     """Train log θ, as the paper does, which keeps θ positive; otherwise θ itself, clamped at 0."""
 
@@ -99,30 +93,28 @@ class TrainConfig:
     """Share of the run over which λ rises linearly from zero."""
 
     unit_norm: bool | None = None
-    """Keep atoms at norm 1 with projected gradients. None: yes, except for losses with RI-L1, which
-    need free norms."""
+    """Keep atoms at norm 1 with projected gradients. None: yes, except for RI-L1, which needs free
+    norms."""
     mean_b_dec: bool = True
     """Start b_dec at the mean activation rather than at zero."""
     resample: tuple[float, ...] = ()
-    """Shares of the run at which dead latents are resampled (Bricken et al. 2023): the original
-    Gated recipe."""
+    """Shares of the run at which dead latents are resampled (Bricken et al. 2023)."""
     dead_after: int = 200_000
     """A latent is dead when it has not fired for this many tokens."""
     encoder_dtype: str | None = None
-    """Type in which the entries that matter are searched for, "float32" or "bfloat16"; None: the
-    faster one. What is found is computed in float32, so results agree to rounding. TopK, dense
-    steps and GPUs without Triton use float32 throughout."""
+    """Type in which S is searched for, "float32" or "bfloat16"; None: the faster one. What is found
+    is computed in float32, so results agree to rounding. TopK and dense steps use float32 only."""
     seed: int = 0
-    """Fixes the initial weights, what dead latents are resampled at and, without `data_seed`, the
-    order of the data."""
+    """Fixes initial weights, resampling and, without `data_seed`, the order of the data."""
     data_seed: int | None = None
     """Fixes the order of the data; None: `seed`. Runs with the same `data_seed` and `batch_size`
-    see the same batches, and :func:`jumprelu.train.train_many` reads these once for all of them."""
+    see the same batches."""
 
     def __post_init__(self) -> None:
         if self.architecture not in SPARSITY_LOSSES:
             raise ValueError(
-                f"unknown architecture {self.architecture!r}: expected one of {', '.join(SPARSITY_LOSSES)}"
+                f"unknown architecture {self.architecture!r}: expected one of "
+                f"{', '.join(SPARSITY_LOSSES)}"
             )
         if self.loss not in SPARSITY_LOSSES[self.architecture]:
             raise ValueError(
@@ -135,22 +127,10 @@ class TrainConfig:
             )
         if self.encoder_dtype not in (None, "float32", "bfloat16"):
             raise ValueError(
-                f"unknown encoder_dtype {self.encoder_dtype!r}: expected None, 'float32' or 'bfloat16'"
+                f"unknown encoder_dtype {self.encoder_dtype!r}: expected None, 'float32' or "
+                "'bfloat16'"
             )
-        for name in (
-            "d_sae",
-            "steps",
-            "batch_size",
-            "k",
-            "k_aux",
-            "bandwidth",
-            "threshold_init",
-            "lr",
-            "threshold_lr",
-            "l0_target",
-            "frequency_reference",
-            "dead_after",
-        ):
+        for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("bandwidth_anneal", "lr_warmup", "lr_decay", "sparsity_warmup"):
@@ -167,24 +147,15 @@ class TrainConfig:
                 "sparsity must be 0 or more and bandwidth_end above 0, got "
                 f"{self.sparsity} and {self.bandwidth_end}"
             )
-        if not 0 <= self.bandwidth_by_density < math.inf:
-            raise ValueError(
-                f"bandwidth_by_density is an exponent of 0 or more, got {self.bandwidth_by_density}"
-            )
-        if self.bandwidth_by_density and self.architecture != "jumprelu":
-            raise ValueError(
-                f"bandwidth_by_density = {self.bandwidth_by_density} needs thresholds that are trained, and "
-                f"{self.architecture} has none: leave it at 0 or choose architecture 'jumprelu'"
-            )
         if self.topk_buckets is not None and self.architecture != "topk":
             raise ValueError(
-                f"topk_buckets = {self.topk_buckets} is for architecture 'topk', not {self.architecture!r}: "
-                "leave it at None"
+                f"topk_buckets = {self.topk_buckets} is for architecture 'topk', not "
+                f"{self.architecture!r}: leave it at None"
             )
         if self.topk_buckets is not None and not self.k <= self.topk_buckets <= self.d_sae:
             raise ValueError(
-                f"topk_buckets must be from k = {self.k} to d_sae = {self.d_sae}, got {self.topk_buckets}: each "
-                "bucket gives one latent, of which k are kept"
+                f"topk_buckets must be from k = {self.k} to d_sae = {self.d_sae}, got "
+                f"{self.topk_buckets}: each bucket gives one latent, of which k are kept"
             )
         if self.architecture in ("topk", "batchtopk") and self.k > self.d_sae:
             raise ValueError(f"k = {self.k} latents cannot be active of d_sae = {self.d_sae}")
@@ -196,8 +167,7 @@ class TrainConfig:
 
     @property
     def length(self) -> int:
-        """Steps that are taken, of the `steps` that schedules speak of: fewer with `stop_after`,
-        but at least one."""
+        """Steps that are taken: `steps`, or fewer with `stop_after`, but at least one."""
         return max(1, round(self.stop_after * self.steps))
 
     @property
@@ -218,29 +188,18 @@ def paper_recipe(steps: int, **changes: Any) -> TrainConfig:
     batches of 4,096, θ_init = ε = 0.001, biases at zero. Meant for 10⁵ steps or more: log θ travels
     about 7e-5 a step.
     """
-    recipe = dict(
-        steps=steps,
-        batch_size=4096,
-        lr=7e-5,
-        threshold_init=1e-3,
-        bandwidth=1e-3,
-        lr_decay=0.0,
-        mean_b_dec=False,
-        lr_warmup=min(1.0, 1_000 / steps),
-        sparsity_warmup=min(1.0, 10_000 / steps),
-    )
-    return TrainConfig(**(recipe | changes))
+    recipe = {"batch_size": 4096, "lr": 7e-5, "threshold_init": 1e-3, "bandwidth": 1e-3}
+    recipe |= {"lr_warmup": min(1.0, 1_000 / steps), "lr_decay": 0.0, "mean_b_dec": False}
+    recipe |= {"sparsity_warmup": min(1.0, 10_000 / steps)}
+    return TrainConfig(steps=steps, **(recipe | changes))
 
 
 def lr_factor(config: TrainConfig, step: int) -> float:
-    """Multiple of `lr` at a step (counted from 0): cosine warm-up from 0.1, flat, linear decay to
-    0."""
+    """Multiple of `lr` at a step, from 0: cosine warm-up from 0.1, flat, linear decay to 0."""
     progress = step / config.steps
-    rise = (
-        0.1 + 0.9 * 0.5 * (1 - math.cos(math.pi * progress / config.lr_warmup))
-        if progress < config.lr_warmup
-        else 1.0
-    )
+    rise = 1.0
+    if progress < config.lr_warmup:
+        rise = 0.1 + 0.9 * 0.5 * (1 - math.cos(math.pi * progress / config.lr_warmup))
     fall = (1 - progress) / config.lr_decay if config.lr_decay else 1.0
     return min(rise, fall)
 

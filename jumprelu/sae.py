@@ -2,11 +2,10 @@
 
     π(x) = x W_enc + b_enc        f(x) = π ⊙ H(π − θ)₊        x̂ = f W_dec + b_dec
 
-Every architecture of this package ends in this form: ReLU has θ = 0; Gated, whose encoders are
-tied, is a JumpReLU (the derivation is in `Trainee.fold`); BatchTopK has one threshold for all
-latents; TopK keeps `k` besides. The input scale of training is folded into the arrays and kept only
-as a number, so nothing has to be normalised to use a saved SAE. Atoms (rows of W_dec) have norm 1
-in SAEs trained here, and nearly so in released ones.
+Every architecture ends in this form: ReLU has θ = 0; Gated, whose encoders are tied, is a JumpReLU
+(derived in `Trainee.fold`); BatchTopK has one threshold for all latents; TopK keeps `k` besides.
+The input scale of training is folded into the arrays, so nothing has to be normalised to use an
+SAE. Atoms (rows of W_dec) have norm 1 in SAEs trained here, and nearly so in released ones.
 """
 
 from __future__ import annotations
@@ -17,9 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
-from . import sparse
 from .files import digest, read_json, sha256, tensor_digest, write_json, write_tensors
+from .sparse import POLICY, SparsePolicy, fast_dtype, largest, screen
+from .support import Support
 
 FORMAT = 1
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
@@ -47,48 +48,44 @@ class SAE(torch.nn.Module):
     ≥ 0, always float32 whatever the rest is cast to (bf16 would round small differences away). k:
     for TopK, the number of latents kept.
 
+    Activations of any floating type go in; latents and reconstructions have the type of the arrays,
+    :attr:`dtype`. The arrays take no gradient until `requires_grad_()` asks for it; a gradient
+    reaches x in any case.
+
     Raises ValueError when the shapes do not belong together.
     """
 
+    policy: SparsePolicy = POLICY
+    """How active latents are looked for."""
+
     def __init__(
         self,
-        W_enc: torch.Tensor,
-        b_enc: torch.Tensor,
-        W_dec: torch.Tensor,
-        b_dec: torch.Tensor,
-        threshold: torch.Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        threshold: Tensor,
         k: int | None = None,
-        origin: Origin = Origin(),
-    ):  # noqa: B008 (immutable)
+        origin: Origin | None = None,
+    ):
         super().__init__()
         d_in, d_sae = W_enc.shape
-        given = {
-            "W_enc": W_enc,
-            "b_enc": b_enc,
-            "W_dec": W_dec,
-            "b_dec": b_dec,
-            "threshold": threshold,
-        }
-        expected = {
-            "W_enc": (d_in, d_sae),
-            "b_enc": (d_sae,),
-            "W_dec": (d_sae, d_in),
-            "b_dec": (d_in,),
-            "threshold": (d_sae,),
-        }
-        for name, shape in expected.items():
-            if tuple(given[name].shape) != shape:
+        for name, tensor, shape in (
+            ("W_enc", W_enc, (d_in, d_sae)),
+            ("b_enc", b_enc, (d_sae,)),
+            ("W_dec", W_dec, (d_sae, d_in)),
+            ("b_dec", b_dec, (d_in,)),
+            ("threshold", threshold, (d_sae,)),
+        ):
+            if tuple(tensor.shape) != shape:
                 raise ValueError(
-                    f"{name} has shape {tuple(given[name].shape)}, expected {shape} to go with W_enc [d_in, d_sae] "
-                    f"= {(d_in, d_sae)}"
+                    f"{name} has shape {tuple(tensor.shape)}, expected {shape} to go with W_enc "
+                    f"[d_in, d_sae] = {(d_in, d_sae)}"
                 )
-        for name, tensor in given.items():
-            self.register_parameter(name, torch.nn.Parameter(tensor.detach().clone()))
-        self.W_enc.data = (
-            self.W_enc.data.T.contiguous().T
-        )  # in memory latent by latent, as W_dec is
+            self.register_parameter(name, _constant(tensor))
+        self.W_enc.data = self.W_enc.data.T.contiguous().T  # in memory latent by latent, as W_dec
         self.threshold.data = self.threshold.data.float()
-        self.k, self.origin = k, origin
+        self.k, self.origin = k, origin or Origin()
 
     def _apply(self, fn, recurse=True):
         threshold = self.threshold.data
@@ -120,31 +117,26 @@ class SAE(torch.nn.Module):
     @property
     def fingerprint(self) -> str:
         """Digest of the weights and their origin."""
-        return digest(
-            type(self).__name__,
-            tensor_digest(dict(self.named_parameters())),
-            self.k,
-            self.origin._asdict(),
-        )
+        arrays = tensor_digest(dict(self.named_parameters()))
+        return digest(type(self).__name__, arrays, self.k, self.origin._asdict())
 
-    def preactivations(self, x: torch.Tensor) -> torch.Tensor:
+    def preactivations(self, x: Tensor) -> Tensor:
         """π(x), shape [..., d_sae], in raw units; x: raw activations [..., d_in]. ValueError for
         another width."""
-        self._check_width(x)
-        return x @ self.W_enc + self.b_enc
+        return self._checked(x) @ self.W_enc + self.b_enc
 
-    def _check_width(self, x: torch.Tensor) -> None:
+    def _checked(self, x: Tensor) -> Tensor:
+        """x in the type of the arrays."""
         if x.shape[-1] != self.d_in:
-            where = (
-                f" (it was trained on {self.origin.site} of layer {self.origin.layer})"
-                if self.origin.site
-                else ""
-            )
+            where = ""
+            if self.origin.site:
+                where = f" (it was trained on {self.origin.site} of layer {self.origin.layer})"
             raise ValueError(
                 f"activations have width {x.shape[-1]}, this SAE expects d_in = {self.d_in}{where}"
             )
+        return x.to(self.dtype)
 
-    def encode(self, x: torch.Tensor, sparse: bool = False) -> torch.Tensor:
+    def encode(self, x: Tensor, sparse: bool = False) -> Tensor:
         """f(x) ≥ 0, shape [..., d_sae]; x: raw activations [..., d_in].
 
         sparse: return a sparse COO tensor, coalesced, without a gradient; x is [tokens, d_in] then,
@@ -153,7 +145,8 @@ class SAE(torch.nn.Module):
         if sparse:
             if x.ndim != 2:
                 raise ValueError(
-                    f"sparse encoding takes x of shape [tokens, d_in], got {tuple(x.shape)}: use x.flatten(0, -2)"
+                    f"sparse encoding takes x of shape [tokens, d_in], got {tuple(x.shape)}: use "
+                    "x.flatten(0, -2)"
                 )
             with torch.no_grad():
                 support = self._support(x, limit=1.0)
@@ -165,70 +158,48 @@ class SAE(torch.nn.Module):
         values, index = acts.topk(self.k, dim=-1)
         return torch.zeros_like(acts).scatter(-1, index, values)
 
-    def decode(self, acts: torch.Tensor) -> torch.Tensor:
-        """x̂, shape [..., d_in]; acts: [..., d_sae], or the sparse tensor that :meth:`encode`
-        gives."""
+    def decode(self, acts: Tensor) -> Tensor:
+        """x̂, [..., d_in]; acts: [..., d_sae], or the sparse tensor that :meth:`encode` gives."""
         if not acts.is_sparse:
             return acts @ self.W_dec + self.b_dec
-        (token, latent), values = acts.indices(), acts.values()
+        (token, latent), values = acts.indices(), acts.values().to(self.dtype)
         start = torch.searchsorted(token, torch.arange(len(acts) + 1, device=token.device))
-        return (
-            torch.nn.functional.embedding_bag(
-                latent,
-                self.W_dec,
-                start,
-                mode="sum",
-                include_last_offset=True,
-                per_sample_weights=values.to(self.W_dec.dtype),
-            )
-            + self.b_dec
-        )
+        options = {"mode": "sum", "include_last_offset": True, "per_sample_weights": values}
+        x_hat = torch.nn.functional.embedding_bag(latent, self.W_dec, start, **options)
+        return x_hat + self.b_dec
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x̂(x), raw activations to raw reconstruction, [..., d_in]."""
-        support = (
-            None
-            if torch.is_grad_enabled()
-            else self._support(x.reshape(-1, x.shape[-1]), sparse.DENSE_ABOVE)
-        )
+    def forward(self, x: Tensor) -> Tensor:
+        """x̂(x), raw activations to raw reconstruction, [..., d_in].
+
+        Within `torch.no_grad()` only active latents are computed, if they are few: the same to
+        rounding, and several times as fast.
+        """
+        support = None
+        if not torch.is_grad_enabled():
+            support = self._support(x.reshape(-1, x.shape[-1]), self.policy.dense_above)
         if support is None:
             return self.decode(self.encode(x))
         return (support.decode(support.pre, self.W_dec) + self.b_dec).view(x.shape)
 
-    def _support(self, x: torch.Tensor, limit: float) -> sparse.Support | None:
+    def _support(self, x: Tensor, limit: float) -> Support | None:
         """What is active on x: [tokens, d_in]; None where dense arithmetic is used instead."""
-        self._check_width(x)
-        if (
-            not sparse.usable(x)
-            or x.dtype != torch.float32
-            or self.W_enc.dtype != torch.float32
-            or not len(x)
-        ):
+        x = self._checked(x)
+        if not self.policy.usable(x) or x.dtype != torch.float32 or not len(x):
             return None
         if self.k is None:
-            return sparse.screen(
-                x, self.W_enc, self.b_enc, self.threshold, sparse.fast_dtype(x.device), limit
-            )
-        support = sparse.largest(x, self.W_enc, self.b_enc, self.k)
+            options = fast_dtype(x.device), limit, self.policy
+            return screen(x, self.W_enc, self.b_enc, self.threshold, *options)
+        support = largest(x, self.W_enc, self.b_enc, self.k, policy=self.policy)
         return support.take((support.pre > support.at(self.threshold)).nonzero().squeeze(-1))
 
     def save(self, folder: str | Path) -> Path:
-        """Write `sae.safetensors` and `cfg.json` to `folder`, each whole or not at all; returns the
-        folder."""
+        """Write `sae.safetensors` and `cfg.json` to `folder`, each whole or not at all; returns
+        it."""
         folder = Path(folder)
         write_tensors(folder / WEIGHTS, dict(self.named_parameters()))
-        write_json(
-            folder / CONFIG,
-            {
-                "format": FORMAT,
-                "kind": type(self).__name__,
-                "d_in": self.d_in,
-                "d_sae": self.d_sae,
-                "k": self.k,
-                "sha256": sha256(folder / WEIGHTS),
-                **self.origin._asdict(),
-            },
-        )
+        config = {"format": FORMAT, "kind": type(self).__name__, "sha256": sha256(folder / WEIGHTS)}
+        config |= {"d_in": self.d_in, "d_sae": self.d_sae, "k": self.k}
+        write_json(folder / CONFIG, config | self.origin._asdict())
         return folder
 
     @staticmethod
@@ -243,22 +214,17 @@ class SAE(torch.nn.Module):
         folder = Path(folder)
         if folder.is_file() and folder.suffix in PICKLES:
             raise ValueError(
-                f"{folder} is a pickle, which can run code when it is opened: refused. Expected a folder with "
-                f"{WEIGHTS} and {CONFIG}; convert the file where it came from"
+                f"{folder} is a pickle, which can run code when it is opened: refused. Expected a "
+                f"folder with {WEIGHTS} and {CONFIG}; convert the file where it came from"
             )
         missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
         if missing:
-            found = (
-                sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
-            )
-            raise FileNotFoundError(
-                f"no SAE in {folder}: expected {' and '.join(missing)}, found {found}"
-            )
+            raise FileNotFoundError(f"no SAE in {folder}: expected {' and '.join(missing)}")
         config = read_json(folder / CONFIG)
         if config.get("format") != FORMAT:
             raise ValueError(
-                f"{folder / CONFIG} has format {config.get('format')!r}, this version reads {FORMAT}: save the SAE "
-                "again with a matching version"
+                f"{folder / CONFIG} has format {config.get('format')!r}, this version reads "
+                f"{FORMAT}: save the SAE again with a matching version"
             )
         try:
             tensors = load_file(folder / WEIGHTS, device=str(device))
@@ -268,83 +234,77 @@ class SAE(torch.nn.Module):
             ) from error
         if sha256(folder / WEIGHTS) != config["sha256"]:
             raise ValueError(
-                f"{folder / WEIGHTS} is not the file that {CONFIG} was written with: copy or save both again"
+                f"{folder / WEIGHTS} is not what {CONFIG} was written with: copy or save both again"
             )
         origin = Origin(**{name: config[name] for name in Origin._fields})
         threshold = tensors.pop("threshold")
         kind = KINDS.get(config.get("kind", SAE.__name__))
         if kind is None:
             raise ValueError(
-                f"{folder / CONFIG} is of kind {config['kind']!r}, this version reads {', '.join(KINDS)}"
+                f"{folder / CONFIG} is of kind {config['kind']!r}, this version reads "
+                f"{', '.join(KINDS)}"
             )
-        return kind(
-            **{name: tensor.to(dtype) for name, tensor in tensors.items()},
-            threshold=threshold,
-            k=config["k"],
-            origin=origin,
-        )
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        return kind(**tensors, threshold=threshold, k=config["k"], origin=origin)
 
     def extra_repr(self) -> str:
         o = self.origin
-        return f"{o.architecture}, d_in={self.d_in}, d_sae={self.d_sae}, {o.model_name}, {o.site}, layer={o.layer}"
+        shape = f"{o.architecture}, d_in={self.d_in}, d_sae={self.d_sae}"
+        return f"{shape}, {o.model_name}, {o.site}, layer={o.layer}"
 
 
 class Transcoder(SAE):
-    """Predicts an MLP's output from its input with sparse latents; the arrays of an SAE, and
-    perhaps a skip connection.
-
-        ŷ = f(x) W_dec + b_dec + x W_skip
+    """Predicts an MLP's output from its input: ŷ = f(x) W_dec + b_dec + x W_skip.
 
     W_skip: [d_in, d_in], or None. `encode` and `decode` are those of :class:`SAE`; `decode` cannot
-    add the skip connection, `forward` does. Raises ValueError when the shapes do not belong
-    together.
+    add the skip connection, `forward` does. Raises ValueError for shapes that do not fit.
     """
 
     def __init__(
         self,
-        W_enc: torch.Tensor,
-        b_enc: torch.Tensor,
-        W_dec: torch.Tensor,
-        b_dec: torch.Tensor,
-        threshold: torch.Tensor,
-        W_skip: torch.Tensor | None = None,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        threshold: Tensor,
+        W_skip: Tensor | None = None,
         k: int | None = None,
-        origin: Origin = Origin(),
-    ):  # noqa: B008
+        origin: Origin | None = None,
+    ):
         super().__init__(W_enc, b_enc, W_dec, b_dec, threshold, k, origin)
         if W_skip is not None and tuple(W_skip.shape) != (self.d_in, self.d_in):
             raise ValueError(
-                f"W_skip has shape {tuple(W_skip.shape)}, expected [d_in, d_in] = {(self.d_in, self.d_in)}"
+                f"W_skip has shape {tuple(W_skip.shape)}, expected {(self.d_in, self.d_in)}"
             )
-        self.register_parameter(
-            "W_skip", None if W_skip is None else torch.nn.Parameter(W_skip.detach().clone())
-        )
+        self.register_parameter("W_skip", None if W_skip is None else _constant(W_skip))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """ŷ, [..., d_in], of the MLP input x: [..., d_in]."""
         y = super().forward(x)
-        return y if self.W_skip is None else y + x @ self.W_skip
+        return y if self.W_skip is None else y + x.to(self.dtype) @ self.W_skip
 
 
 def check_autoencoder(sae: object) -> None:
     """Raise ValueError for a transcoder, where x̂ stands for x itself."""
     if isinstance(sae, Transcoder):
         raise ValueError(
-            "this is a transcoder, whose output is not its input: expected an SAE. jumprelu.evaluate takes both"
+            "this is a transcoder, whose output is not its input: expected an SAE. "
+            "jumprelu.evaluate takes both"
         )
 
 
 KINDS = {kind.__name__: kind for kind in (SAE, Transcoder)}
 
 
-def _as_coo(support: sparse.Support) -> torch.Tensor:
+def _constant(tensor: Tensor) -> torch.nn.Parameter:
+    """A copy, as a parameter that takes no gradient."""
+    return torch.nn.Parameter(tensor.detach().clone(), requires_grad=False)
+
+
+def _as_coo(support: Support) -> Tensor:
     order, start, latent = support.by_token
     token = torch.arange(support.shape[0], device=start.device).repeat_interleave(start.diff())
-    index = torch.stack([token, latent.long()])
+    index, values = torch.stack([token, latent.long()]), support.pre.index_select(0, order)
     return torch.sparse_coo_tensor(
-        index,
-        support.pre.index_select(0, order),
-        support.shape,
-        is_coalesced=True,
-        check_invariants=False,
+        index, values, support.shape, is_coalesced=True, check_invariants=False
     )

@@ -34,10 +34,9 @@ from companion.rails.figures import read_measured, save_figure, show_facts
 from companion.speed import plots, steptime
 
 import jumprelu as jr
-from jumprelu import sparse
 from jumprelu.architectures import Trainee
 from jumprelu.intervals import Interval, mean_interval
-from jumprelu.losses import DENSE
+from jumprelu.support import DENSE, Support
 
 # %% tags=["parameters"]
 model: str = ""  # empty: the embedded model; otherwise a hub id or a folder
@@ -134,7 +133,7 @@ def largest_difference(architecture: str) -> float:
         gradients.append(
             {name: p.grad.clone() for name, p in trainee.named_parameters() if p.grad is not None}
         )
-    assert isinstance(layout, sparse.Support)
+    assert isinstance(layout, Support)
     return max(
         ((b - a).norm() / a.norm()).item()
         for a, b in zip(*(each.values() for each in gradients), strict=True)
@@ -255,8 +254,8 @@ print(shares.map("{:.0%}".format).to_string())
 # ## When dense is faster
 #
 # **What is computed.** The time of a step over the share of entries in S, which θ sets. A step
-# decides by its own batch: above `sparse.DENSE_ABOVE` it is dense, and above `sparse.BF16_BELOW` it
-# searches in float32, because what bfloat16 finds has to be computed a second time.
+# decides by its own batch, under a `SparsePolicy`: above `dense_above` it is dense, and above
+# `bf16_below` it searches in float32, because what bfloat16 finds has to be computed a second time.
 
 # %%
 by_density = read_measured("benchmark_density.csv")

@@ -33,4 +33,4 @@ if __name__ == "__main__":
             targets,
             team,
         )
-    team.end()
+    team.close()

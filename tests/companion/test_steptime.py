@@ -7,10 +7,9 @@ import pytest
 import torch
 from companion.speed.steptime import arithmetic, density_table, profile_step
 
-from jumprelu import sparse
 from jumprelu.activations import activations_from_tensor
 from jumprelu.recipe import TrainConfig
-from jumprelu.train import _State
+from jumprelu.state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,7 @@ def test_arithmetic():
 
 def test_the_profile_accounts_for_the_time(acts):
     config = TrainConfig(d_sae=256, steps=1000, batch_size=200, threshold_init=0.3, bandwidth=0.02)
-    state = _State(acts, config, torch.device("cpu"))
+    state = TrainState(acts, config, torch.device("cpu"))
     batches = (acts.rows(600) / state.input_scale).split(200)
     began = time.perf_counter()
     profile = profile_step(state, batches)  # every batch twice, of which one half is measured
@@ -37,7 +36,7 @@ def test_the_profile_accounts_for_the_time(acts):
     found = set(zip(profile.function, profile.call, strict=True))
     assert {
         ("sparse.screen", "mm"),
-        ("sparse._bag", "embedding_bag"),
+        ("support._bag", "embedding_bag"),
         ("optim._update", "_fused_adam_"),
     } <= found
     assert (
@@ -46,9 +45,7 @@ def test_the_profile_accounts_for_the_time(acts):
 
 
 def test_every_way_is_timed_at_every_density(acts):
-    before = sparse.DENSE_ABOVE, sparse.BF16_BELOW
     table = density_table(acts, 64, 100, thresholds=(0.5, 0.1), repeats=1)
-    assert before == (sparse.DENSE_ABOVE, sparse.BF16_BELOW)
     assert (
         sorted(table.way.unique()) == ["as chosen", "dense", "sparse", "sparse, bfloat16 search"]
         and len(table) == 8

@@ -49,7 +49,6 @@ RUNS = {
 ONLY_DATA = {
     "topk": {"architecture": "topk", "k": 4, "dead_after": 300},
     "frequency": {"sparsity_loss": "frequency"},
-    "ε by latent": {"bandwidth_by_density": 0.5},
 }
 
 
@@ -81,7 +80,7 @@ def torchrun(processes, latents, jobs, folder, *options):
         "--nproc-per-node",
         str(processes),
         *options,
-        str(Path(__file__).with_name("team.py")),
+        str(Path(__file__).parents[1] / "team.py"),
         str(folder / "jobs.json"),
         str(latents),
     ]
@@ -190,8 +189,8 @@ def wait_for(path, process):
 def test_alone_everything_stays_as_it_is():
     x = torch.arange(6.0).view(2, 3)
     assert ALONE.alone and ALONE.first and (ALONE.data, ALONE.latents) == (1, 1)
-    assert all(f(x) is x for f in (ALONE.share, ALONE.mean, ALONE.sum_latents))
-    assert ALONE.gather("W_enc", x) is x and ALONE.mine("W_dec", x) is x
+    assert all(f(x) is x for f in (ALONE.local_rows, ALONE.mean, ALONE.sum_latents))
+    assert ALONE.gather("W_enc", x) is x and ALONE.local_latents("W_dec", x) is x
     assert start(1) == ALONE
 
 
@@ -203,7 +202,6 @@ def test_alone_everything_stays_as_it_is():
         ("silent", 0),
         ("trainee.b_dec", None),
         ("generator", None),
-        ("trainee.density", 0),
         ("trainee.b_in", None),
     ],
 )
@@ -229,10 +227,9 @@ class OfSize(Team):
         (1, 2, {"sparsity_loss": "frequency"}, "expected one of l1"),
         (1, 3, {}, "d_sae = 64.*multiple of 3"),
         (3, 1, {}, "batch_size = 128.*multiple of 3"),
-        (2, 1, {"architecture": "batchtopk"}, "no mean over tokens"),
+        (2, 1, {"architecture": "batchtopk"}, "ranks a whole batch"),
+        (2, 1, {"sparsity_loss": "l0_target_batch"}, "no mean over tokens"),
         (2, 1, {"resample": (0.5,)}, "resample"),
-        (1, 2, {"bandwidth_by_density": 0.3}, "median over all latents"),
-        (1, 2, {"preactivation": 0.1}, "preactivation"),
     ],
 )
 def test_what_a_mesh_cannot_train_is_refused(data, latents, change, message):

@@ -16,13 +16,14 @@ pytest.importorskip(
     "triton", minversion="3.8" if DEVICE.type == "cpu" else None
 )  # older interpreters fail on NumPy 2.4
 
-from jumprelu import kernels, sparse  # noqa: E402
+from jumprelu import kernels  # noqa: E402
 from jumprelu.activations import activations_from_tensor  # noqa: E402
-from jumprelu.losses import DENSE  # noqa: E402
 from jumprelu.optim import Adam  # noqa: E402
 from jumprelu.recipe import TrainConfig  # noqa: E402
 from jumprelu.sae import SAE  # noqa: E402
-from jumprelu.train import _advance, _State  # noqa: E402
+from jumprelu.sparse import SparsePolicy, screen  # noqa: E402
+from jumprelu.state import TrainState, train_step  # noqa: E402
+from jumprelu.support import DENSE, transposed  # noqa: E402
 
 SHAPES = [(9, 13), (1, 1), (2, 40), (0, 5), (5, 0)]
 WIDTHS = [
@@ -32,9 +33,8 @@ WIDTHS = [
 ]  # the last takes two blocks
 
 
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    monkeypatch.setattr(kernels, "ON_CPU", True)
+WITH_KERNELS = SparsePolicy(dense_above=1.0, bf16_below=1.0, gpu_bf16_below=1.0, triton=True)
+WITHOUT = SparsePolicy(dense_above=0.0, triton=False)
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -99,9 +99,7 @@ def test_transposed_is_what_the_cpu_computes(shape, density):
     mask, start, column = entries(*shape, density)
     found = kernels.transposed(start, column, shape)
     assert all(tensor.dtype == torch.int32 for tensor in found)
-    for ours, theirs in zip(
-        found, sparse._transposed(start.cpu(), column.cpu(), shape), strict=True
-    ):
+    for ours, theirs in zip(found, transposed(start.cpu(), column.cpu(), shape), strict=True):
         assert torch.equal(ours.cpu(), theirs)
     assert torch.equal(found[2].cpu(), mask.T.nonzero()[:, 1].int())
 
@@ -253,12 +251,11 @@ def test_a_transpose_is_refused():
         kernels.compact(torch.ones(3, 4, device=DEVICE).T)
 
 
-def test_serves(monkeypatch):
-    assert kernels.serves(torch.zeros(1)) and kernels.serves(torch.zeros(1, device=DEVICE))
-    monkeypatch.setattr(kernels, "ON_CPU", False)
-    assert not kernels.serves(torch.zeros(1)) and kernels.serves(torch.zeros(1, device=DEVICE)) == (
-        DEVICE.type == "cuda"
-    )
+def test_serves():
+    here, cpu = torch.zeros(1, device=DEVICE), torch.zeros(1)
+    assert kernels.serves(here, True) and kernels.serves(cpu, True)
+    assert not kernels.serves(here, False) and not kernels.serves(cpu)
+    assert kernels.serves(here) == (DEVICE.type == "cuda")
 
 
 def test_without_triton_the_module_loads_and_serves_nothing(monkeypatch):
@@ -266,8 +263,7 @@ def test_without_triton_the_module_loads_and_serves_nothing(monkeypatch):
     spec = importlib.util.spec_from_file_location("without_triton", kernels.__file__)
     without = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(without)
-    monkeypatch.setattr(without, "ON_CPU", True)
-    assert not without.serves(torch.zeros(1, device=DEVICE))
+    assert not without.serves(torch.zeros(1, device=DEVICE), True)
 
 
 COMPILE = """
@@ -284,14 +280,17 @@ numbers = dict.fromkeys(("rate", "beta1", "rest1", "beta2", "rest2", "root2", "e
 sizes = {"n": "i32", "width": "i32", "columns": "i32", "size": "i64"}
 for dtype in ("*fp32", "*bf16"):
     types = positions | numbers | sizes | {"products": dtype, "rows": dtype}
+    few = {"BLOCK": 512, "ENTRIES": 8}
     versions = [(kernels._count, {"BLOCK": 1024}, 4), (kernels._list, {"BLOCK": 1024}, 4),
-                (kernels._bag, {"BLOCK": 512, "ENTRIES": 8}, 4), (kernels._dots, {"BLOCK": 512, "ENTRIES": 8}, 4)]
-    if dtype == "*fp32":
-        versions += [(kernels._adam, {"FIRST_MOMENT": yes, "UNIT_NORM": yes, "BLOCK": 4096}, 8) for yes in (False, True)]
+                (kernels._bag, few, 4), (kernels._dots, few, 4)]
+    for yes in (False, True) if dtype == "*fp32" else ():
+        versions.append((kernels._adam, {"FIRST_MOMENT": yes, "UNIT_NORM": yes, "BLOCK": 4096}, 8))
     for kernel, constants, warps in versions:
-        signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names}
+        signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
+        signature |= dict.fromkeys(constants, "constexpr")
         source = ASTSource(kernel, signature, constexprs=constants)
-        assert compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["cubin"]
+        options = {"num_warps": warps}
+        assert compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
 """
 
 
@@ -332,14 +331,15 @@ def random_sae(d_in=24, d_sae=60):
 
 
 @pytest.mark.parametrize("search", [torch.float32, torch.bfloat16])
-def test_screening_finds_what_is_active(search, monkeypatch):
-    monkeypatch.setattr(sparse, "CHUNK", 300)  # several blocks
-    monkeypatch.setattr(sparse, "GPU_CHUNK", 300)
+def test_screening_finds_what_is_active(search):
+    policy = SparsePolicy(chunk=300, gpu_chunk=300, triton=True)  # several blocks
     sae, x = random_sae().to(DEVICE), normal(50, 24, seed=5)
     with torch.no_grad():
         pre = sae.preactivations(x)
-        found = sparse.screen(x, sae.W_enc, sae.b_enc, sae.threshold, search)
-        assert sparse.screen(x, sae.W_enc, sae.b_enc, sae.threshold, search, 0.001) is None
+        arguments = x, sae.W_enc, sae.b_enc, sae.threshold, search
+        found = screen(*arguments, policy=policy)
+        assert screen(*arguments, 0.001, policy) is None
+    assert found.triton
     latent, token = (pre > sae.threshold).T.nonzero().unbind(-1)
     assert (
         len(found)
@@ -350,14 +350,14 @@ def test_screening_finds_what_is_active(search, monkeypatch):
 
 
 @pytest.mark.parametrize("k", [None, 5])
-def test_an_sae_gives_what_it_gives_without_kernels(k, monkeypatch):
+def test_an_sae_gives_what_it_gives_without_kernels(k):
     sae, x = random_sae().to(DEVICE), normal(50, 24, seed=5)
     if k:
         sae.k, sae.threshold.data = k, torch.zeros_like(sae.threshold)
     with torch.no_grad():
+        sae.policy = WITH_KERNELS
         acts, x_hat = sae.encode(x, sparse=True), sae(x)
-        monkeypatch.setattr(kernels, "serves", lambda tensor: False)
-        monkeypatch.setattr(sparse, "usable", lambda x: False)
+        sae.policy = WITHOUT
         torch.testing.assert_close(acts.to_dense(), sae.encode(x))
         torch.testing.assert_close(x_hat, sae(x), rtol=1e-5, atol=1e-4)
 
@@ -374,34 +374,28 @@ def test_an_sae_gives_what_it_gives_without_kernels(k, monkeypatch):
         {"betas": (0.9, 0.999)},
         {"architecture": "topk", "k": 4},
         {"architecture": "batchtopk", "k": 4},
-        {"bandwidth_by_density": 0.5},
     ],
 )
-def test_gradients_are_those_of_the_dense_reference(change, tmp_path, monkeypatch):
+def test_gradients_are_those_of_the_dense_reference(change, tmp_path):
     acts = activations_from_tensor(normal(300, 24).cpu() + 1, tmp_path)
     config = TrainConfig(
         **{"d_sae": 40, "steps": 20, "batch_size": 64, "threshold_init": 0.3, "sparsity": 0.01}
         | change
     )
-    monkeypatch.setattr(sparse, "DENSE_ABOVE", 1.0)
-    monkeypatch.setattr(sparse, "BF16_BELOW", 1.0)
-    trainee = _State(acts, config, DEVICE).trainee
+    trainee = TrainState(acts, config, DEVICE).trainee
     x = acts.rows(64).to(DEVICE)
     x /= x.square().sum(-1).mean().sqrt()
 
-    def gradients():
-        out = trainee(x, config.bandwidth)
+    def gradients(policy):
+        out = trainee(x, config.bandwidth, trainee.layout(x, config.bandwidth, policy))
         dead = torch.arange(40, device=DEVICE) % 3 == 0
         sum(trainee.loss(x, out, config.sparsity, config.bandwidth, dead).values()).backward()
         found = {name: parameter.grad.clone() for name, parameter in trainee.named_parameters()}
         trainee.zero_grad()
         return found, out
 
-    with monkeypatch.context() as without:
-        without.setattr(kernels, "serves", lambda tensor: False)
-        without.setattr(sparse, "DENSE_ABOVE", 0.0)
-        expected, reference = gradients()
-    found, out = gradients()
+    expected, reference = gradients(WITHOUT)
+    found, out = gradients(WITH_KERNELS)
     assert reference.layout is DENSE and out.layout is not DENSE and out.acts.any()
     torch.testing.assert_close(out.x_hat, reference.x_hat, rtol=1e-5, atol=1e-6)
     for name, gradient in expected.items():
@@ -410,17 +404,16 @@ def test_gradients_are_those_of_the_dense_reference(change, tmp_path, monkeypatc
         )
 
 
-def test_a_run_learns_what_it_learns_without_kernels(tmp_path, monkeypatch):
+def test_a_run_learns_what_it_learns_without_kernels(tmp_path):
     acts = activations_from_tensor(normal(300, 24).cpu() + 1, tmp_path)
     config = TrainConfig(
         d_sae=40, steps=20, batch_size=64, threshold_init=0.3, sparsity=0.01, lr=1e-3
     )
-    monkeypatch.setattr(sparse, "DENSE_ABOVE", 1.0)
     rows = []
-    for served in (kernels.serves, lambda tensor: False):
-        monkeypatch.setattr(kernels, "serves", served)
-        state, x = _State(acts, config, DEVICE), acts.rows(64).to(DEVICE)
+    for policy in (WITH_KERNELS, WITHOUT):
+        state, x = TrainState(acts, config, DEVICE, policy=policy), acts.rows(64).to(DEVICE)
         for _ in range(5):
-            row = _advance(state, x / state.input_scale, True)
+            row = train_step(state, x / state.input_scale, log=True)
         rows.append(row)
+    assert rows[1].pop("computed") == 1 > rows[0].pop("computed")
     assert rows[0] == pytest.approx(rows[1], rel=1e-3, abs=1e-4)

@@ -43,13 +43,11 @@ def test_frequency_penalty_prefers_spread():
     assert losses.frequency_penalty(spread, 0.5).item() == 2 * 0.5 * (1 + 0.5 / 0.5)
 
 
-def test_tanh_and_preactivation():
+def test_tanh_penalty():
     acts, norms = torch.tensor([[0.5, 0.0]]), torch.tensor([2.0, 1.0])
     assert losses.tanh_penalty(acts, norms, 3.0).item() == pytest.approx(
         torch.tanh(torch.tensor(3.0)).item()
     )
-    pre, threshold = torch.tensor([[0.1, 0.5]]), torch.tensor([0.3, 0.3])
-    assert losses.preactivation(pre, threshold, norms).item() == pytest.approx(0.4)
 
 
 def test_auxk_uses_dead_latents_only():

@@ -12,8 +12,11 @@ from test_estimators import CHECKS
 from jumprelu import estimators
 
 SOURCE = inspect.getsource(estimators)
-JUMP = "kernel((z - threshold).div_(bandwidth), kernel_name).mul_(threshold / bandwidth).mul_(gradient)"
-STEP = "kernel((z - threshold).div_(bandwidth), kernel_name).div_(bandwidth).mul_(gradient)"
+WINDOW = "kernel((z - threshold).div_(bandwidth), kernel_name)\n        spike"
+JUMP = f"{WINDOW}.mul_(threshold / bandwidth).mul_(gradient)"
+STEP = f"{WINDOW}.div_(bandwidth).mul_(gradient)"
+BACKWARD = "\n\n    @staticmethod\n    def backward(ctx, gradient):\n"
+REFUSES = f"{BACKWARD}        _refuse_second_derivative()\n"
 OFFSET = "(z - threshold)"
 SCALED = "(z - threshold).div_(bandwidth)"
 ACTIVATION = "(z * (z > threshold) - threshold)"
@@ -49,12 +52,17 @@ MUTATIONS = {
         STEP,
         STEP.replace("mul_(gradient)", "mul_(gradient.sign().abs())"),
     ),
-    "JumpReLU's sign": ("to_z, -_sum_to(spike", "to_z, _sum_to(spike"),
+    "JumpReLU's sign": ("return to_z, -_sum_to(spike", "return to_z, _sum_to(spike"),
     "step's sign": ("None, -_sum_to(spike", "None, _sum_to(spike"),
     "z receives the step's gradient": ("spike if ste_to_z else None", "spike"),
     "z receives the jump's gradient": (
         "to_z.add_(spike) if ste_to_z else to_z",
         "to_z.add_(spike)",
+    ),
+    "JumpReLU can be differentiated twice": (f".mul_(z){REFUSES}", f".mul_(z){BACKWARD}"),
+    "step can be differentiated twice": (
+        f"return heaviside(z, threshold){REFUSES}",
+        f"return heaviside(z, threshold){BACKWARD}",
     ),
     "z never receives the step's gradient": ("spike if ste_to_z else None", "None"),
     "z receives gradient where the latent is off": (

@@ -76,15 +76,6 @@ def test_paper_recipe():
         ({"sparsity": -1.0}, "sparsity must be 0 or more"),
         ({"architecture": "topk", "k": 9, "d_sae": 8}, "k = 9 latents cannot be active"),
         (
-            {"bandwidth_by_density": -0.5},
-            "bandwidth_by_density is an exponent of 0 or more, got -0.5",
-        ),
-        ({"bandwidth_by_density": math.nan}, "bandwidth_by_density is an exponent of 0 or more"),
-        (
-            {"architecture": "gated", "bandwidth_by_density": 0.3},
-            "needs thresholds that are trained, and gated has none",
-        ),
-        (
             {"architecture": "topk", "k": 9, "topk_buckets": 8},
             "topk_buckets must be from k = 9 to d_sae = 4096, got 8",
         ),

@@ -8,9 +8,9 @@ import torch
 
 import jumprelu as jr
 from jumprelu.architectures import Trainee
-from jumprelu.losses import DENSE
 from jumprelu.recipe import SPARSITY_LOSSES, TrainConfig
-from jumprelu.sae import SAE, Origin
+from jumprelu.sae import SAE, Origin, Transcoder
+from jumprelu.support import DENSE
 
 
 def random_sae(d_in=6, d_sae=10, k=None, seed=0, **origin):
@@ -219,3 +219,38 @@ def test_device_and_dtype_are_those_of_the_weights():
     sae = jr.SAE(*[torch.zeros(s) for s in ((4, 6), (6,), (6, 4), (4,), (6,))])
     assert (sae.device, sae.dtype) == (torch.device("cpu"), torch.float32)
     assert sae.bfloat16().dtype == torch.bfloat16 and sae.threshold.dtype == torch.float32
+
+
+@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float16, torch.float64])
+def test_activations_of_another_type_are_cast(given, grad, k):
+    """Latents and reconstruction have the type of the SAE, whatever the type of x."""
+    sae = random_sae(k=k)
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(1)).to(given)
+    with torch.set_grad_enabled(grad):
+        for found, expected in (
+            (sae(x), sae(x.float())),
+            (sae.encode(x), sae.encode(x.float())),
+            (sae.encode(x, sparse=True).to_dense(), sae.encode(x.float(), sparse=True).to_dense()),
+        ):
+            assert found.dtype == torch.float32 and torch.equal(found, expected)
+        half = copy.deepcopy(sae).bfloat16()
+        assert half(x).dtype == half.encode(x).dtype == torch.bfloat16
+
+
+def test_a_transcoder_casts_too():
+    plain = random_sae(d_sae=10)
+    coder = Transcoder(*plain.parameters(), W_skip=torch.eye(6))
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1)).bfloat16()
+    torch.testing.assert_close(coder(x), plain(x) + x.float())
+
+
+def test_arrays_take_a_gradient_only_when_asked():
+    sae = random_sae()
+    assert not any(parameter.requires_grad for parameter in sae.parameters())
+    x = torch.randn(4, 6)
+    assert not sae(x).requires_grad
+    sae.requires_grad_()
+    sae(x).sum().backward()
+    assert sae.W_dec.grad.abs().sum() > 0 and not sae.double().threshold.grad

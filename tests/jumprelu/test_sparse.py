@@ -12,11 +12,13 @@ import jumprelu as jr
 from jumprelu import sparse
 from jumprelu.activations import activations_from_tensor
 from jumprelu.architectures import Trainee
-from jumprelu.losses import DENSE
 from jumprelu.recipe import SPARSITY_LOSSES, TrainConfig
-from jumprelu.sparse import Support, dots, latent_sums, screen, token_sums
+from jumprelu.sparse import POLICY, SparsePolicy, screen
+from jumprelu.support import DENSE, Support, dots, latent_sums, token_sums
 
 D_IN, D_SAE, BATCH = 24, 96, 120
+ALWAYS_DENSE = SparsePolicy(dense_above=0.0)
+ALWAYS_SPARSE = SparsePolicy(dense_above=1.0, bf16_below=1.0)
 LOSSES = [(a, loss) for a, known in SPARSITY_LOSSES.items() for loss in known]
 
 
@@ -33,13 +35,11 @@ def inputs(n=BATCH, d_in=D_IN, seed=1):
     return torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed)) / d_in**0.5
 
 
-def step(trainee, x, monkeypatch, dense_above, bandwidth=0.1):
-    """(layout, losses, gradients) of one pass with dense steps above that density."""
-    monkeypatch.setattr(sparse, "DENSE_ABOVE", dense_above)
-    monkeypatch.setattr(sparse, "BF16_BELOW", dense_above)
+def step(trainee, x, policy, bandwidth=0.1):
+    """(pass, losses, gradients) under a policy."""
     trainee.zero_grad()
     before = {name: buffer.clone() for name, buffer in trainee.named_buffers()}
-    out = trainee(x, bandwidth)
+    out = trainee(x, bandwidth, trainee.layout(x, bandwidth, policy))
     dead = torch.arange(trainee.config.d_sae) % 5 == 0
     terms = trainee.loss(x, out, 1e-2, bandwidth, dead)
     sum(terms.values()).backward()
@@ -51,9 +51,9 @@ def step(trainee, x, monkeypatch, dense_above, bandwidth=0.1):
     return out, {name: term.item() for name, term in terms.items()}, gradients
 
 
-def assert_same_step(trainee, x, monkeypatch, bandwidth=0.1):
-    reference, terms, gradients = step(trainee, x, monkeypatch, 0.0, bandwidth)
-    out, sparse_terms, sparse_gradients = step(trainee, x, monkeypatch, 1.0, bandwidth)
+def assert_same_step(trainee, x, bandwidth=0.1):
+    reference, terms, gradients = step(trainee, x, ALWAYS_DENSE, bandwidth)
+    out, sparse_terms, sparse_gradients = step(trainee, x, ALWAYS_SPARSE, bandwidth)
     assert reference.layout is DENSE and isinstance(out.layout, Support)
     assert sparse_terms == pytest.approx(terms, rel=1e-5, abs=1e-7)
     assert (out.x_hat - reference.x_hat).norm() <= 1e-5 * reference.x_hat.norm()
@@ -67,7 +67,7 @@ def assert_same_step(trainee, x, monkeypatch, bandwidth=0.1):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture, loss", LOSSES)
-def test_gradients_of_every_architecture_and_loss(architecture, loss, dtype, monkeypatch):
+def test_gradients_of_every_architecture_and_loss(architecture, loss, dtype):
     config = TrainConfig(
         architecture=architecture,
         sparsity_loss=loss,
@@ -77,76 +77,39 @@ def test_gradients_of_every_architecture_and_loss(architecture, loss, dtype, mon
         l0_target=4.0,
         encoder_dtype=dtype,
     )
-    assert_same_step(trainee(config), inputs(), monkeypatch)
+    assert_same_step(trainee(config), inputs())
 
 
 @pytest.mark.parametrize("ste_to_z", [False, True])
 @pytest.mark.parametrize("log_threshold", [False, True])
 @pytest.mark.parametrize("kernel", jr.estimators.KERNELS)
-def test_gradients_of_every_estimator(kernel, ste_to_z, log_threshold, monkeypatch):
+def test_gradients_of_every_estimator(kernel, ste_to_z, log_threshold):
     config = TrainConfig(d_sae=D_SAE, kernel=kernel, ste_to_z=ste_to_z, log_threshold=log_threshold)
-    out = assert_same_step(trainee(config), inputs(), monkeypatch)
+    out = assert_same_step(trainee(config), inputs())
     assert (
         len(out.layout) > (out.acts > 0).sum()
     )  # the window holds inactive entries too: they train θ
 
 
-@pytest.mark.parametrize("ste_to_z", [False, True])
+@pytest.mark.parametrize("policy", [ALWAYS_DENSE, ALWAYS_SPARSE])
 @pytest.mark.parametrize("kernel", jr.estimators.KERNELS)
-@pytest.mark.parametrize("loss", SPARSITY_LOSSES["jumprelu"])
-def test_gradients_with_a_bandwidth_per_latent(loss, kernel, ste_to_z, monkeypatch):
-    subject = trainee(
-        TrainConfig(
-            sparsity_loss=loss, d_sae=D_SAE, l0_target=4.0, kernel=kernel, ste_to_z=ste_to_z
-        )
-    )
-    widths = torch.logspace(-2, -0.5, D_SAE)[
-        torch.randperm(D_SAE, generator=torch.Generator().manual_seed(5))
-    ]
-    assert_same_step(subject, inputs(), monkeypatch, bandwidth=widths)
-    one = step(subject, inputs(), monkeypatch, 1.0, 0.05)[2]["threshold_parameter"]
-    own = step(
-        subject, inputs(), monkeypatch, 1.0, torch.where(torch.arange(D_SAE) < 9, 0.05, widths)
-    )[2]["threshold_parameter"]
-    assert not torch.allclose(one[9:], own[9:])
-    if (
-        loss in ("l0", "l1", "tanh", "frequency") and not ste_to_z
-    ):  # a latent's θ knows of no other latent's ε
-        torch.testing.assert_close(one[:9], own[:9])
-
-
-@pytest.mark.parametrize("kernel", jr.estimators.KERNELS)
-def test_densities_and_diagnostics_with_a_bandwidth_per_latent(kernel, monkeypatch):
-    """Both layouts measure the same: what dense arithmetic gives on pre-activations computed
-    here."""
-    widths = torch.logspace(-2, -0.5, D_SAE)
-    subject, x = (
-        trainee(TrainConfig(d_sae=D_SAE, kernel=kernel, bandwidth_by_density=0.5)),
-        inputs(),
-    )
+def test_diagnostics_are_those_of_dense_arithmetic(kernel, policy):
+    subject, x, width = trainee(TrainConfig(d_sae=D_SAE, kernel=kernel)), inputs(), 0.05
     with torch.no_grad():
-        u = ((x - subject.b_dec) @ subject.W_enc + subject.b_enc - subject.threshold) / widths
-    expected = (jr.estimators.kernel(u, kernel) / widths).mean(0)
-    within = (u.abs() < jr.estimators.REACH[kernel]).float().mean(0)
-    if kernel == "rectangle":
-        torch.testing.assert_close(expected, within / widths)
-    for dense_above in (0.0, 1.0):
-        monkeypatch.setattr(sparse, "DENSE_ABOVE", dense_above)
-        out = subject(x, widths)
-        seen = subject.diagnose(
-            out, subject.loss(x, out, 1e-2, widths, torch.zeros(D_SAE, dtype=torch.bool)), widths
-        )
-        assert seen.window_share == pytest.approx(within.mean().item(), rel=1e-5)
-        subject.density.zero_()
-        subject.update_density(out, widths)
-        torch.testing.assert_close(subject.density, expected, rtol=1e-3, atol=1e-5)
+        u = ((x - subject.b_dec) @ subject.W_enc + subject.b_enc - subject.threshold) / width
+    out = subject(x, width, subject.layout(x, width, policy))
+    terms = subject.loss(x, out, 1e-2, width, torch.zeros(D_SAE, dtype=torch.bool))
+    found = subject.diagnose(out, terms, width)
+    expected = (u.abs() < jr.estimators.REACH[kernel]).float().mean(0)
+    assert expected.max() > 0
+    torch.testing.assert_close(found.in_window, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("buckets", [4, 7, 50, 64, 80, 96])
-def test_gradients_of_approximate_topk(buckets, monkeypatch):
+def test_gradients_of_approximate_topk(buckets):
     config = TrainConfig(architecture="topk", d_sae=D_SAE, k=4, k_aux=8, topk_buckets=buckets)
     subject, exact = trainee(config), trainee(dataclasses.replace(config, topk_buckets=None))
-    out = assert_same_step(subject, inputs(), monkeypatch)
+    out = assert_same_step(subject, inputs())
     assert ((out.layout.per_token((out.acts > 0).float())) <= 4).all()
     same = torch.allclose(out.x_hat, exact(inputs(), 0.1, DENSE).x_hat, atol=1e-6)
     assert same == (buckets == D_SAE)
@@ -154,44 +117,42 @@ def test_gradients_of_approximate_topk(buckets, monkeypatch):
 
 @pytest.mark.parametrize("unit_norm", [False, True])
 @pytest.mark.parametrize("architecture", ["relu", "gated"])
-def test_gradients_with_free_and_fixed_norms(architecture, unit_norm, monkeypatch):
+def test_gradients_with_free_and_fixed_norms(architecture, unit_norm):
     assert_same_step(
         trainee(TrainConfig(architecture=architecture, d_sae=D_SAE, unit_norm=unit_norm)),
         inputs(),
-        monkeypatch,
     )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shift", [5.0, 0.5, 0.2, 0.0, -0.2, -5.0])
-def test_every_density(shift, dtype, monkeypatch):
+def test_every_density(shift, dtype):
     """From no active latent at all to all of them on every token, by moving the biases."""
     config = TrainConfig(d_sae=D_SAE, encoder_dtype=dtype)
     subject = trainee(config)
     subject.b_enc.data -= shift
-    out = assert_same_step(subject, inputs(), monkeypatch)
+    out = assert_same_step(subject, inputs())
     density = (out.acts > 0).sum().item() / BATCH / D_SAE
     assert density == 0 if shift == 5.0 else density == 1 if shift == -5.0 else 0 < density < 1
 
 
 @pytest.mark.parametrize("batch, d_in, d_sae", [(1, 24, 96), (3, 5, 7), (120, 1, 1), (17, 24, 13)])
-def test_odd_shapes_and_tokens_without_an_active_latent(batch, d_in, d_sae, monkeypatch):
+def test_odd_shapes_and_tokens_without_an_active_latent(batch, d_in, d_sae):
     x = inputs(batch, d_in)
     x[0] = -10  # below every threshold, or above: either way unlike the others
-    assert_same_step(trainee(TrainConfig(d_sae=d_sae, threshold_init=0.05), d_in), x, monkeypatch)
+    assert_same_step(trainee(TrainConfig(d_sae=d_sae, threshold_init=0.05), d_in), x)
 
 
-def test_a_bandwidth_as_narrow_as_the_papers(monkeypatch):
+def test_a_bandwidth_as_narrow_as_the_papers():
     assert_same_step(
         trainee(TrainConfig(d_sae=D_SAE, threshold_init=0.3)),
         inputs(600),
-        monkeypatch,
         bandwidth=1e-3,
     )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_real_activations(dtype, monkeypatch, tmp_path):
+def test_real_activations(dtype, tmp_path):
     lm = jr.load_lm()
     tokens = jr.tokenize(
         jr.load_texts("installed", "test").select(range(20)), lm.tokenizer, 64, max_rows=8
@@ -201,12 +162,12 @@ def test_real_activations(dtype, monkeypatch, tmp_path):
     subject = trainee(TrainConfig(d_sae=512, encoder_dtype=dtype), acts.d_in)
     scale = x.square().sum(-1).mean().sqrt()
     subject.b_dec.data = x.mean(0) / scale
-    out = assert_same_step(subject, x / scale, monkeypatch)
+    out = assert_same_step(subject, x / scale)
     assert 0 < (out.acts > 0).float().sum() / 400 < 256
 
 
 @pytest.mark.parametrize("architecture", list(SPARSITY_LOSSES))
-def test_diagnostics_and_whole_runs_agree(architecture, monkeypatch, tmp_path):
+def test_diagnostics_and_whole_runs_agree(architecture, tmp_path):
     acts = activations_from_tensor(inputs(2000), tmp_path / "acts")
     config = TrainConfig(
         architecture=architecture,
@@ -218,10 +179,9 @@ def test_diagnostics_and_whole_runs_agree(architecture, monkeypatch, tmp_path):
         dead_after=500,
     )
     logs, saes = [], []
-    for dense_above in (0.0, 1.0):
-        monkeypatch.setattr(sparse, "DENSE_ABOVE", dense_above)
-        sae, log = jr.train(acts, config, device="cpu")
-        assert (log.pop("computed") < 1).any() == (dense_above > 0)
+    for policy in (ALWAYS_DENSE, SparsePolicy(dense_above=1.0)):
+        sae, log = jr.train(acts, config, device="cpu", policy=policy)
+        assert (log.pop("computed") < 1).any() == (policy is not ALWAYS_DENSE)
         logs.append(log), saes.append(sae)
     assert list(logs[0].columns) == list(logs[1].columns)
     torch.testing.assert_close(
@@ -235,9 +195,7 @@ def test_the_denser_batch_is_computed_densely():
     assert subject(x, 0.1).layout is DENSE  # many pre-activations within ε = 0.1
     subject.b_enc.data -= 0.6
     out = subject(x, 0.1)
-    assert isinstance(out.layout, Support) and len(out.layout) <= sparse.DENSE_ABOVE * BATCH * D_SAE
-    subject.config = dataclasses.replace(subject.config, preactivation=1e-3)
-    assert subject(x, 0.1).layout is DENSE  # this loss touches every latent
+    assert isinstance(out.layout, Support) and len(out.layout) <= POLICY.dense_above * BATCH * D_SAE
 
 
 def test_a_step_leaves_nothing_behind():
@@ -260,17 +218,16 @@ def test_a_step_leaves_nothing_behind():
 
 
 @pytest.mark.parametrize("shift", [0.3, 20.0])
-def test_batchtopk_with_fewer_active_entries_than_it_may_keep(shift, monkeypatch):
+def test_batchtopk_with_fewer_active_entries_than_it_may_keep(shift):
     """Then all that are positive are kept, its threshold goes to zero, and none at all is no
     error."""
     config = TrainConfig(architecture="batchtopk", d_sae=D_SAE, k=30)
     thresholds = []
-    for dense_above in (0.0, 1.0):
+    for policy in (ALWAYS_DENSE, SparsePolicy(dense_above=1.0)):
         subject = trainee(config)
         subject.b_enc.data -= shift
         subject.batch_threshold += 0.5
-        monkeypatch.setattr(sparse, "DENSE_ABOVE", dense_above)
-        out = subject(inputs(), 0.1)
+        out = subject(inputs(), 0.1, subject.layout(inputs(), 0.1, policy))
         assert (out.acts > 0).sum() < 30 * BATCH and (out.acts > 0).any() == (shift == 0.3)
         thresholds.append(subject.batch_threshold.item())
     assert thresholds[0] == thresholds[1] == pytest.approx(0.495)
@@ -307,11 +264,11 @@ def test_screen_stops_when_there_is_too_much():
 
 @pytest.mark.parametrize("chunk", [1, 64, 10_000])
 @pytest.mark.parametrize("limit", [1.0, 0.99])  # below 1 a small block comes first
-def test_chunks_do_not_matter(chunk, limit, monkeypatch):
+def test_chunks_do_not_matter(chunk, limit):
     x, W_enc = inputs(), trainee(TrainConfig(d_sae=D_SAE)).W_enc.detach()
     whole = screen(x, W_enc, torch.zeros(D_SAE), torch.full((D_SAE,), 0.2))
-    monkeypatch.setattr(sparse, "CHUNK", chunk)
-    parts = screen(x, W_enc, torch.zeros(D_SAE), torch.full((D_SAE,), 0.2), limit=limit)
+    low, policy = torch.full((D_SAE,), 0.2), SparsePolicy(chunk=chunk)
+    parts = screen(x, W_enc, torch.zeros(D_SAE), low, limit=limit, policy=policy)
     assert (
         torch.equal(whole.token, parts.token)
         and torch.equal(whole.start, parts.start)
