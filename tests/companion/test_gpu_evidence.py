@@ -23,13 +23,14 @@ from companion.speed.gpu_pipeline import (
     random_tokens,
 )
 from companion.speed.gpu_sizes import FULL, GEMMA_2_9B, TINY
-from companion.speed.gpu_step import WAYS, dense, entries_of, measure_step, planted
+from companion.speed.gpu_step import WAYS, entries_of, matmuls, measure_step, planted
 
-from jumprelu import kernels, sparse
+from jumprelu import kernels, sparse, support
 from jumprelu.files import read_json
-from jumprelu.losses import DENSE
 from jumprelu.recipe import TrainConfig
-from jumprelu.train import Inputs, _State
+from jumprelu.sparse import SparsePolicy
+from jumprelu.state import Inputs, TrainState
+from jumprelu.support import DENSE
 
 CPU = torch.device("cpu")
 SMALLEST = dataclasses.replace(TINY, d_sae=48, widths=(48,), batch=16, l0=4, repeats=1)
@@ -41,12 +42,12 @@ def lm():
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    """The kernels, in Triton's interpreter."""
+def interpreted():
+    """What tells the parts to use the kernels in Triton's interpreter."""
     pytest.importorskip("triton", minversion="3.8")  # older interpreters fail on NumPy 2.4
     if torch.cuda.is_available():
         pytest.skip("Triton was imported to compile")
-    monkeypatch.setattr(kernels, "ON_CPU", True)
+    return {"triton": True}
 
 
 # ---- the model, on paper
@@ -155,34 +156,34 @@ def test_peak_memory_of_a_gpu_begins_anew(monkeypatch):
     assert [peak_gb(torch.device("cuda")) for _ in range(2)] == [3.0, 1.0]
 
 
-def test_dense_is_dense_and_leaves_everything_as_it_was():
-    state = _State(
-        SimpleNamespace(d_in=32),
-        TrainConfig(d_sae=64, threshold_init=0.5),
-        CPU,
-        Inputs(1.0, torch.zeros(32)),
-    )
-    x, serves = planted(state.trainee, 20, 4), kernels.serves
-    assert state.trainee.layout(x, 0.02) is not DENSE
-    with pytest.raises(KeyError), dense("high"):
-        assert state.trainee.layout(x, 0.02) is DENSE and not kernels.serves(x)
+def test_the_precision_of_matmuls_comes_back():
+    with pytest.raises(KeyError), matmuls("high"):
         assert torch.get_float32_matmul_precision() == "high"
         raise KeyError
-    assert state.trainee.layout(x, 0.02) is not DENSE and kernels.serves is serves
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_dense_ways_are_dense_and_without_kernels():
+    config, inputs = TrainConfig(d_sae=64, threshold_init=0.5), Inputs(1.0, torch.zeros(32))
+    state = TrainState(SimpleNamespace(d_in=32), config, CPU, inputs)
+    x = planted(state.trainee, 20, 4)
+    assert state.trainee.layout(x, 0.02, WAYS["ours"][0]) is not DENSE
+    for way in ("dense", "dense, TF32"):
+        policy = WAYS[way][0]
+        assert state.trainee.layout(x, 0.02, policy) is DENSE and policy.triton is False
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_entries_are_those_of_dense_arithmetic(dtype, monkeypatch):
-    monkeypatch.setattr(sparse, "DENSE_ABOVE", 1.0)
-    monkeypatch.setattr(sparse, "BF16_BELOW", 1.0)
+def test_entries_are_those_of_dense_arithmetic(dtype):
+    policy = SparsePolicy(dense_above=1.0, bf16_below=1.0)
     config = TrainConfig(d_sae=64, bandwidth=0.1, encoder_dtype=dtype)
-    trainee = _State(SimpleNamespace(d_in=32), config, CPU, Inputs(1.0, torch.zeros(32))).trainee
+    inputs = Inputs(1.0, torch.zeros(32))
+    trainee = TrainState(SimpleNamespace(d_in=32), config, CPU, inputs).trainee
     x = planted(trainee, 256, 4)
     assert x.square().sum(-1).mean().item() == pytest.approx(1, rel=1e-5)
     with torch.no_grad():
         pre, theta = x @ trainee.W_enc, trainee.threshold
-    l0, entries, candidates = entries_of(trainee, x, config.bandwidth)
+    l0, entries, candidates = entries_of(trainee, x, config.bandwidth, policy)
     assert (pre > theta).sum().item() / 256 == pytest.approx(
         4, abs=0.005
     )  # the entry that θ was set by, or not
@@ -197,7 +198,7 @@ def test_entries_are_those_of_dense_arithmetic(dtype, monkeypatch):
 
 
 def test_every_kernel_is_near_its_reference(interpreted):
-    table, _ = measure_kernels(SMALLEST, CPU)
+    table, _ = measure_kernels(SMALLEST, CPU, **interpreted)
     public = {
         name
         for name, value in vars(kernels).items()
@@ -227,13 +228,13 @@ def test_a_wrong_kernel_is_noticed(name, interpreted, monkeypatch):
         return (*found[:2], found[2].flip(0)) if isinstance(found, tuple) else found * 1.001
 
     monkeypatch.setattr(kernels, name, wrong)
-    table, _ = measure_kernels(dataclasses.replace(SMALLEST, d_sae=24, batch=8, repeats=1), CPU)
+    smaller = dataclasses.replace(SMALLEST, d_sae=24, batch=8, repeats=1)
+    table, _ = measure_kernels(smaller, CPU, **interpreted)
     touched = table.kernel == name
     assert (table[touched].error > 5e-4).all() and (table[~touched].error < 1e-6).all()
 
 
-def test_without_kernels_there_is_nothing_to_check(monkeypatch):
-    monkeypatch.setattr(kernels, "ON_CPU", False)
+def test_without_kernels_there_is_nothing_to_check():
     table, facts = measure_kernels(TINY, CPU)
     assert (
         list(table.columns) == ["kernel", "size", "error", "ms"]
@@ -261,19 +262,18 @@ def check_step(table, size):
     assert (table.candidates >= table.entries).all()
 
 
-def test_a_step_is_timed_in_every_way(monkeypatch):
-    monkeypatch.setattr(kernels, "ON_CPU", False)
-    before = sparse.screen, sparse.dots, torch.mm, kernels.serves, sparse.DENSE_ABOVE
+def test_a_step_is_timed_in_every_way():
+    before = sparse.screen, support.dots, torch.mm
     table, facts = measure_step(TINY, CPU)
     check_step(table, TINY)
-    assert before == (sparse.screen, sparse.dots, torch.mm, kernels.serves, sparse.DENSE_ABOVE)
+    assert before == (sparse.screen, support.dots, torch.mm)
     for d_sae in TINY.widths:
         floor = table[(table.way == "floor") & (table.d_sae == d_sae)].ms.item()
         assert floor == floor_ms(32, d_sae, TINY.batch, **facts[f"rates at {d_sae}"])
 
 
 def test_a_step_is_timed_with_kernels(interpreted):
-    table, _ = measure_step(SMALLEST, CPU)
+    table, _ = measure_step(SMALLEST, CPU, **interpreted)
     check_step(table, SMALLEST)
     ms = table.set_index("way").ms
     assert (
@@ -331,7 +331,6 @@ def test_tokens_are_ordinary_ones_after_bos(lm):
 
 
 def test_all_of_it_and_again(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(kernels, "ON_CPU", False)
     command = ["--device", "cpu", "--size", "tiny", "--out", str(tmp_path)]
     assert main(command) == 0
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -15,7 +15,6 @@ from jumprelu.optim import Adam
 
 from .gpu_clock import in_turns
 from .gpu_sizes import Result, Size
-from .gpu_step import dense
 
 
 def relative(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
@@ -40,9 +39,12 @@ def _changed(call: Callable[[], Any], tensor: torch.Tensor) -> list[torch.Tensor
 
 
 @torch.no_grad()
-def measure_kernels(size: Size, device: torch.device, lm: Any = None) -> Result:
+def measure_kernels(
+    size: Size, device: torch.device, lm: Any = None, triton: bool | None = None
+) -> Result:
     """Columns kernel, size, error (:func:`relative`), ms; no rows where no kernel serves. Entries
-    are as in a search: of latents by tokens, about l0 a token."""
+    are as in a search: of latents by tokens, about l0 a token. triton: as in
+    :class:`jumprelu.sparse.SparsePolicy`."""
     rows, (d_sae, batch, d_in) = [], (size.d_sae, size.batch, size.lm["hidden_size"])
     normal = functools.partial(
         torch.randn, generator=torch.Generator(device).manual_seed(0), device=device
@@ -56,7 +58,7 @@ def measure_kernels(size: Size, device: torch.device, lm: Any = None) -> Result:
             (kernel, what, error, in_turns({kernel: call}, size.repeats, device)[kernel][0])
         )
 
-    if kernels.serves(torch.empty(0, device=device)):
+    if kernels.serves(torch.empty(0, device=device), triton):
         bar = torch.full(
             (d_sae,), statistics.NormalDist().inv_cdf(1 - size.l0 / d_sae), device=device
         )
@@ -135,8 +137,7 @@ def measure_kernels(size: Size, device: torch.device, lm: Any = None) -> Result:
             )
             exact.moments["p"]["exp_avg_sq"].copy_(v)
             exact.parameters["p"].grad, exact.steps, ours = g.double(), 4, p.clone()
-            with dense():
-                exact.step({"p": 0.01})
+            exact.step({"p": 0.01}, triton=False)
             moments = v.clone(), torch.zeros_like(v) if beta1 else None
             call = functools.partial(
                 kernels.adam, ours, g, *moments, 0.01, (beta1, 0.999), 1e-8, 5, unit_norm

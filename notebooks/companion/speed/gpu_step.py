@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -14,32 +15,34 @@ from unittest.mock import patch
 import pandas as pd
 import torch
 
-from jumprelu import kernels, sparse
+from jumprelu import kernels, sparse, support
 from jumprelu.optim import Adam
 from jumprelu.recipe import TrainConfig
-from jumprelu.train import Inputs, _advance, _State
+from jumprelu.sparse import POLICY, SparsePolicy
+from jumprelu.state import Inputs, TrainState, train_step
 
 from .gpu_clock import floor_ms, in_turns, measure_rates, stopwatch
 from .gpu_sizes import Result, Size
 
 
 @contextmanager
-def dense(precision: str = "highest") -> Iterator[None]:
-    """Within it, steps are dense and without kernels. precision: of float32 matmuls; "high" lets a
-    GPU round to TF32."""
+def matmuls(precision: str) -> Iterator[None]:
+    """Within it, the precision of float32 matmuls: "highest"; "high" lets a GPU round to TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        with (
-            patch.object(sparse, "DENSE_ABOVE", 0.0),
-            patch.object(kernels, "serves", lambda tensor: False),
-        ):
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-WAYS = {"ours": nullcontext, "dense": dense, "dense, TF32": functools.partial(dense, "high")}
+DENSE_STEPS = SparsePolicy(dense_above=0.0, triton=False)
+WAYS = {
+    "ours": (POLICY, "highest"),
+    "dense": (DENSE_STEPS, "highest"),
+    "dense, TF32": (DENSE_STEPS, "high"),
+}
+"""Ways to take a step: the policy, and the precision of float32 matmuls."""
 
 PARTS_OF_A_STEP = [
     ("search: matmul", torch, "mm"),
@@ -47,9 +50,10 @@ PARTS_OF_A_STEP = [
     ("search: compaction", sparse, "_positions"),
     ("search: all else", sparse, "screen"),
     ("Adam", Adam, "step"),
-    *(("sums", sparse, name) for name in ("dots", "token_sums", "latent_sums", "_transposed")),
+    ("sums", sparse, "dots"),
+    *(("sums", support, name) for name in ("dots", "token_sums", "latent_sums", "transposed")),
     ("sums", kernels, "totals"),
-    ("all else", sys.modules[__name__], "_advance"),
+    ("all else", sys.modules[__name__], "train_step"),
 ]
 """For :func:`stopwatch`. "search: all else" is the bfloat16 copy of W_enc with its norms, most of
 all."""
@@ -73,28 +77,38 @@ def planted(trainee: torch.nn.Module, n: int, l0: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def entries_of(trainee: torch.nn.Module, x: torch.Tensor, bandwidth: float) -> list[float]:
+def entries_of(
+    trainee: torch.nn.Module, x: torch.Tensor, bandwidth: float, policy: SparsePolicy = POLICY
+) -> list[float]:
     """A token's mean number of latents that are active, that are in S, and that the search finds
     (in bfloat16, more than S)."""
     with patch.object(sparse, "dots", wraps=sparse.dots) as dots:
-        out = trainee(x, bandwidth)
+        layout = trainee.layout(x, bandwidth, policy)
+    out = trainee(x, bandwidth, layout)
     found = len(dots.call_args_list[0].args[0]) if dots.called else out.acts.numel()
     return [number / len(x) for number in (int((out.acts > 0).sum()), out.acts.numel(), found)]
 
 
 class Steps:
-    """Training steps on some batches, again and again; a call takes one, within a context of
-    :data:`WAYS`."""
+    """Training steps on some batches, again and again; a call takes one in a way of :data:`WAYS`.
+    triton: as in :class:`jumprelu.sparse.SparsePolicy`, of "ours"."""
 
-    def __init__(self, state: _State, batches: Sequence[torch.Tensor]):
-        self.state, self.batches = state, itertools.cycle(batches)
+    def __init__(
+        self, state: TrainState, batches: Sequence[torch.Tensor], triton: bool | None = None
+    ):
+        self.state, self.batches, self.triton = state, itertools.cycle(batches), triton
 
-    def __call__(self, way: Callable[[], Any] = nullcontext) -> None:
-        with way():
-            _advance(self.state, next(self.batches), False)
+    def __call__(self, way: str = "ours") -> None:
+        self.state.policy, precision = WAYS[way]
+        if way == "ours":
+            self.state.policy = dataclasses.replace(POLICY, triton=self.triton)
+        with matmuls(precision):
+            train_step(self.state, next(self.batches))
 
 
-def measure_step(size: Size, device: torch.device, lm: Any = None) -> Result:
+def measure_step(
+    size: Size, device: torch.device, lm: Any = None, triton: bool | None = None
+) -> Result:
     """Columns d_in, d_sae, batch, l0, entries, candidates (:func:`entries_of`), way, ms, tokens_s,
     peak_gb, ratio_to_floor.
 
@@ -106,14 +120,14 @@ def measure_step(size: Size, device: torch.device, lm: Any = None) -> Result:
         rates = facts[f"rates at {d_sae}"] = measure_rates(d_in, d_sae, size, device)
         # So small an lr leaves the state as it is.
         config = TrainConfig(d_sae=d_sae, steps=10_000, batch_size=batch, bandwidth=0.02, lr=1e-9)
-        state = _State(
+        state = TrainState(
             SimpleNamespace(d_in=d_in),
             config,
             device,
             Inputs(1.0, torch.zeros(d_in, device=device)),
         )
         x = planted(state.trainee, 4 * batch, size.l0)
-        step = Steps(state, x.split(batch))
+        step = Steps(state, x.split(batch), triton)
 
         known = entries_of(state.trainee, x[:batch], config.bandwidth)
         measured = in_turns(

@@ -20,9 +20,10 @@ import torch
 
 from jumprelu import sparse
 from jumprelu.activations import Activations
-from jumprelu.losses import DENSE
 from jumprelu.recipe import TrainConfig
-from jumprelu.train import _advance, _State
+from jumprelu.sparse import POLICY, SparsePolicy
+from jumprelu.state import TrainState, train_step
+from jumprelu.support import DENSE
 
 
 def arithmetic(d_in: int, d_sae: int, l0: float, entries: float) -> pd.DataFrame:
@@ -47,20 +48,26 @@ def arithmetic(d_in: int, d_sae: int, l0: float, entries: float) -> pd.DataFrame
 
 
 FUNCTIONS_OF = {
-    "search": ("sparse.screen", "sparse._positions", "sparse._bf16", "sparse._chunks"),
+    "search": (
+        "sparse.screen",
+        "sparse._with_slack",
+        "sparse._positions",
+        "sparse._bf16",
+        "sparse._chunks",
+    ),
     "work on S": (
-        "sparse.dots",
-        "sparse.token_sums",
-        "sparse.latent_sums",
-        "sparse._bag",
-        "sparse._transposed",
-        "sparse.by_token",
-        "sparse.take",
-        "sparse.nonzero",
-        "sparse.at",
-        "sparse.per_token",
-        "sparse.per_latent",
-        "sparse.latent",
+        "support.dots",
+        "support.token_sums",
+        "support.latent_sums",
+        "support._bag",
+        "support.transposed",
+        "support.by_token",
+        "support.take",
+        "support.nonzero",
+        "support.at",
+        "support.per_token",
+        "support.per_latent",
+        "support.latent",
     ),
     "Adam": ("optim._update", "optim.step", "optim.<genexpr>"),
 }
@@ -75,7 +82,7 @@ def part_of(function: str, call: str) -> str:
     )
 
 
-def profile_step(state: _State, batches: Sequence[torch.Tensor]) -> pd.DataFrame:
+def profile_step(state: TrainState, batches: Sequence[torch.Tensor]) -> pd.DataFrame:
     """Milliseconds a step by function of this package and what it calls outside of it: columns
     part, function, call, ms, share.
 
@@ -83,11 +90,11 @@ def profile_step(state: _State, batches: Sequence[torch.Tensor]) -> pd.DataFrame
     that make many calls.
     """
     for x in batches:
-        _advance(state, x, False)
+        train_step(state, x)
     profiler = cProfile.Profile()
     profiler.enable()
     for x in batches:
-        _advance(state, x, False)
+        train_step(state, x)
     profiler.disable()
     package = str(Path(sparse.__file__).parent)
     seconds: dict[tuple[str, str], float] = {("autograd", ""): 0.0}
@@ -150,32 +157,30 @@ def density_table(
             bandwidth=0.02,
             lr=1e-9,
         )
-        chosen = sparse.DENSE_ABOVE, sparse.BF16_BELOW
+        always = SparsePolicy(dense_above=1.0, bf16_below=1.0)
         ways = {
-            "dense": (config, (0.0, 0.0)),
-            "sparse": (dataclasses.replace(config, encoder_dtype="float32"), (1.0, 1.0)),
-            "sparse, bfloat16 search": (
-                dataclasses.replace(config, encoder_dtype="bfloat16"),
-                (1.0, 1.0),
-            ),
-            "as chosen": (config, chosen),
+            "dense": (None, SparsePolicy(dense_above=0.0)),
+            "sparse": ("float32", always),
+            "sparse, bfloat16 search": ("bfloat16", always),
+            "as chosen": (None, POLICY),
         }
         states = {
-            way: _State(acts, config, torch.device("cpu")) for way, (config, _) in ways.items()
+            way: TrainState(
+                acts,
+                dataclasses.replace(config, encoder_dtype=dtype),
+                torch.device("cpu"),
+                policy=policy,
+            )
+            for way, (dtype, policy) in ways.items()
         }
         measured: dict[str, list[float]] = {way: [] for way in ways}
-        try:
-            for _ in range(repeats + 1):  # in turns; the first is not counted
-                for way, (_, limits) in ways.items():
-                    sparse.DENSE_ABOVE, sparse.BF16_BELOW = limits
-                    began = time.perf_counter()
-                    _advance(states[way], x / states[way].input_scale, False)
-                    measured[way].append(time.perf_counter() - began)
-            sparse.DENSE_ABOVE = 1.0
-            state = states["sparse"]
-            layout = state.trainee.layout(x / state.input_scale, config.bandwidth)
-        finally:
-            sparse.DENSE_ABOVE, sparse.BF16_BELOW = chosen
+        for _ in range(repeats + 1):  # in turns; the first is not counted
+            for way, state in states.items():
+                began = time.perf_counter()
+                train_step(state, x / state.input_scale)
+                measured[way].append(time.perf_counter() - began)
+        state = states["sparse"]
+        layout = state.trainee.layout(x / state.input_scale, config.bandwidth, always)
         density = 1.0 if layout is DENSE else len(layout) / len(x) / d_sae
         rows += [
             {

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 
 from jumprelu.architectures import Trainee
-from jumprelu.losses import DENSE
 from jumprelu.recipe import TrainConfig
-from jumprelu.train import Inputs, _advance, _State, measure_inputs
+from jumprelu.state import Inputs, TrainState, measure_inputs, train_step
+from jumprelu.support import DENSE
 
 from ..rails.cache import remember
 from .peers import Finished, Trainer, peer_trainer
@@ -101,8 +101,8 @@ class Pool:
     def inputs(self) -> Inputs:
         return measure_inputs(self, torch.device("cpu"))
 
-    def state(self, config: TrainConfig) -> _State:
-        return _State(self, config, torch.device("cpu"), self.inputs)
+    def state(self, config: TrainConfig) -> TrainState:
+        return TrainState(self, config, torch.device("cpu"), self.inputs)
 
 
 def pool_for(size: Size) -> Pool:
@@ -135,7 +135,7 @@ def warm_weights(pool: Pool, config: TrainConfig, l0: float) -> dict[str, torch.
     set_l0(state.trainee, sample, l0)
     batches = pool.x.split(config.batch_size)
     for step in range(config.steps):
-        _advance(state, batches[step % len(batches)] / state.input_scale, False)
+        train_step(state, batches[step % len(batches)] / state.input_scale)
     set_l0(state.trainee, sample, l0)
     return {name: tensor.contiguous() for name, tensor in state.trainee.state_dict().items()}
 
@@ -165,7 +165,7 @@ def our_trainer(pool: Pool, size: Size, architecture: str, dtype: str) -> Traine
     state.trainee.load_state_dict(warmed(pool, size, architecture))
 
     def step(x: torch.Tensor) -> None:
-        _advance(state, x / state.input_scale, False)
+        train_step(state, x / state.input_scale)
 
     def finish() -> Finished:
         sae = state.trainee.eval().fold(state.input_scale)
