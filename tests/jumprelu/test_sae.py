@@ -82,7 +82,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match="damaged or cut off"):
         SAE.load(folder)
     (folder / "sae.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(ValueError, match="not the file"):
+    with pytest.raises(ValueError, match="is not what cfg.json was written with"):
         SAE.load(folder)
     (folder / "sae.safetensors").write_bytes(whole)
     (folder / "cfg.json").write_text('{"format": 1,')

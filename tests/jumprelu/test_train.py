@@ -523,7 +523,7 @@ def test_a_sweep_never_overwrites_another(acts, tmp_path):
     train_many(acts, short, out=tmp_path, device="cpu")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(
-        ValueError, match="holds a finished run with other activations or another configuration"
+        ValueError, match="holds a finished run with other activations, another configuration"
     ):
         train_many(
             activations_from_tensor(planted(seed=1)[0], tmp_path / "other acts"),
