@@ -194,7 +194,7 @@ def train_sae(given: argparse.Namespace) -> str | None:
     team = start(given.latents, given.device)
     try:
         team.check(config)
-        team.see(given.store / INDEX)
+        team.wait_for_file(given.store / INDEX)
         acts = open_activations(given.store)
         seconds = given.checkpoint_seconds
         sae, log = train(acts, config, given.out, given.device, seconds, team=team)
@@ -202,7 +202,7 @@ def train_sae(given: argparse.Namespace) -> str | None:
         numbers = f"L0 {last.l0:.1f}, FVU {last.fvu:.4f} on its last batch"
         return f"{sae}\n{numbers}; written to {given.out}" if team.first else None
     finally:
-        team.end()
+        team.close()
 
 
 # ---- the door
