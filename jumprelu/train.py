@@ -45,19 +45,18 @@ numbers that a run gives change."""
 
 BLOCK = 32
 BLOCK_BYTES = 2**25
-"""A run's turn in a sweep: at most so many batches, and so many bytes of them, but at least one
-batch."""
+"""A run's turn in a sweep: at most so many batches, and bytes of them, but at least one batch."""
 
 
 class TrainResult(NamedTuple):
-    """The SAE, for raw activations, and the log: one row per logged step."""
+    """The SAE, for raw activations, and the log, a row per logged step."""
 
     sae: SAE
     log: pd.DataFrame
 
 
 def run_identity(stores: Sequence[Activations], config: TrainConfig, log_rows: int) -> str:
-    """Digest of all that a run's result depends on; its files are refused to any other run."""
+    """Digest of all that a run depends on; its files are refused to any other run."""
     fingerprints = [store.fingerprint for store in stores]
     return digest(TRAINER_VERSION, fingerprints, dataclasses.asdict(config), log_rows)
 
@@ -387,7 +386,7 @@ def train(
     JumpReLU window_share, threshold_travel, reconstruction_push and sparsity_push (means over
     latents of :class:`jumprelu.architectures.LatentDiagnostics`, of pushes without their sign),
     window_latents (share of latents with a sample in the window) and quantiles of θ; all in
-    normalised units. The progress bar also shows the share of time spent waiting for data.
+    normalised units.
 
     Raises ValueError if `out` holds another run, the checkpoint is damaged, `targets` are of other
     tokens, the configuration does not suit the team, or the activations are not finite (the reader
