@@ -311,8 +311,7 @@ def train_many(
     """
     if out is None and not team.alone:
         raise ValueError(
-            "processes that train together need a folder where all find the result: give "
-            "train(..., out=...)"
+            "processes that train together need a common folder: give train(..., out=...)"
         )
     folders = _folders(configs, out)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
