@@ -153,7 +153,7 @@ def test_make_has_the_targets_that_readme_and_help_name(root):
         re.findall(r"^make ([a-z-]+)", readme, re.MULTILINE)
     )
     assert named <= targets, f"README names targets that the Makefile lacks: {named - targets}"
-    assert {"setup", "reproduce", "test", "lm"} <= named
+    assert {"reproduce", "test"} <= named
 
 
 def test_ci_runs_the_test_command_of_readme_and_every_notebook(root):
