@@ -131,7 +131,7 @@ def measure_step(
 
         known = entries_of(state.trainee, x[:batch], config.bandwidth)
         measured = in_turns(
-            {name: functools.partial(step, way) for name, way in WAYS.items()}, size.repeats, device
+            {name: functools.partial(step, name) for name in WAYS}, size.repeats, device
         )
         with stopwatch(device, PARTS_OF_A_STEP) as seconds:
             for _ in range(size.repeats):
