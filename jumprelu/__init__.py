@@ -12,6 +12,11 @@ corpus, harvest, activations; then splicing, metrics. exchange/ has the SAEs of 
 what latents mean, dark/ what SAEs miss.
 """
 
+# ruff: noqa: E402, I001
+from .threads import wait_passively
+
+wait_passively()  # before torch is loaded
+
 from .activations import Activations, open_activations
 from .corpus import Tokens, load_texts, tokenize
 from .estimators import jump_relu, step

@@ -29,7 +29,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from .files import digest, read_json, sha256, tensor_digest, write_json, writing
+from .files import digest, locked, read_json, sha256, tensor_digest, write_json, writing
 
 FORMAT = 1
 INDEX = "index.json"
@@ -367,8 +367,9 @@ def start_store(
     shards are there with their sizes, checksums are left to the reader; if one is missing, the
     others' are compared now.
 
-    Raises ValueError if `folder` holds the answer to another request, or shards without an index;
-    nothing is changed then.
+    The caller holds the folder's lock (:func:`jumprelu.files.locked`). Raises ValueError if
+    `folder` holds the answer to another request, or shards without an index; nothing is changed
+    then.
     """
     if (folder / INDEX).exists():
         index = _read_index(folder)
@@ -465,14 +466,14 @@ def activations_from_tensor(
         "shard_rows": shard_rows,
     }
     starts = range(0, len(x), shard_rows)
-    index = start_store(Path(out), request, None, x.shape[1], len(starts))
-    for number, first in enumerate(starts):
-        if shard_name(number) not in index["shards"]:
-            rows = slice(first, first + shard_rows)
-            add_shard(
-                Path(out), index, number, Shard(x[rows], zeros[rows], zeros[rows], document[rows])
-            )
-    return open_activations(out)
+    with locked(out, f"another process stores a tensor in {out}: waiting until it is done"):
+        index = start_store(Path(out), request, None, x.shape[1], len(starts))
+        for number, first in enumerate(starts):
+            if shard_name(number) not in index["shards"]:
+                rows = slice(first, first + shard_rows)
+                shard = Shard(x[rows], zeros[rows], zeros[rows], document[rows])
+                add_shard(Path(out), index, number, shard)
+        return open_activations(out)
 
 
 # Part of the key under which a store is kept, see harvest.py.

@@ -1,12 +1,12 @@
-"""Files: written whole or not at all, and hashed by content.
+"""Files: written whole or not at all, by one process at a time, and hashed by content.
 
 Everything this package puts on disk goes through :func:`writing`, so a killed process leaves
-either the old file or the new one, never half of one.
+either the old file or the new one, never half of one. A folder of many files is written under
+:func:`locked`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -26,17 +26,18 @@ SUBJECT = Path(__file__).with_name("subject")
 """The shipped language model: weights, tokenizer, the log of its training."""
 
 
+log = logging.getLogger(__name__)
+
+
 def cache_root() -> Path:
     """Folder for everything that can be made again: `$JUMPRELU_CACHE`, or `.cache` in a checkout,
     or `~/.cache/jumprelu` where the package is installed without its repository."""
     if "JUMPRELU_CACHE" in os.environ:
         return Path(os.environ["JUMPRELU_CACHE"])
     checkout = Path(__file__).resolve().parent.parent
-    return (
-        checkout / ".cache"
-        if (checkout / "pyproject.toml").exists()
-        else Path.home() / ".cache/jumprelu"
-    )
+    if (checkout / "pyproject.toml").exists():
+        return checkout / ".cache"
+    return Path.home() / ".cache/jumprelu"
 
 
 @contextmanager
@@ -69,20 +70,28 @@ def writing(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(folder: str | Path, waiting: str) -> Iterator[None]:
-    """For the time of a block, hold the lock of `folder` alone among all processes.
+def locked(folder: str | Path, waiting: str = "") -> Iterator[None]:
+    """Within it, every other process that asks for `folder` waits; makes the folder if need be.
 
-    While another process holds it, this one waits, and logs `waiting` once. The system gives the
-    lock back when a process ends, however it ends. It is not reentrant.
+    waiting: what is being waited for, logged once as a warning by a process that has to wait. The
+    lock is `.lock` in the folder and is given back when its process ends, however it ends. On
+    systems without `fcntl` (Windows) there is no lock.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / ".lock", "w") as file:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logging.getLogger(__name__).warning(waiting)
+            reason = waiting or f"another process is writing to {folder}: waiting until it is done"
+            log.warning("%s (an interrupt stops the wait and harms nothing)", reason)
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing the file unlocks it
+        yield
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -109,12 +118,9 @@ def write_tensors(
 ) -> None:
     with writing(path) as temporary:
         try:
-            save_file(
-                {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata
-            )
-        except (
-            SafetensorError
-        ) as error:  # a full disk, too, is reported as an error of its own kind
+            plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            save_file(plain, temporary, metadata)
+        except SafetensorError as error:  # of its own kind even where the disk is full
             if number := re.search(r"os error (\d+)", str(error)):
                 raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
             raise

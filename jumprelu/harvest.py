@@ -6,6 +6,7 @@ Notable here:
   index afterwards. So a process that is killed at any point leaves a store that the same call
   completes, byte for byte as if it had never stopped (on one machine, with one number of threads
   and one `batch_rows`: these change the last bits of a sum).
+- of two processes that harvest into one folder, one works; the other waits and takes what is there.
 - the model does not wait: activations are copied to the host while the next batch is computed, and
   a thread checks and writes a shard while the next one is filled.
 - memory: two shards a site, and one batch in the model.
@@ -15,7 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -31,7 +34,7 @@ from .activations import (
     start_store,
 )
 from .corpus import Tokens, as_tokens
-from .files import tensor_digest
+from .files import locked, tensor_digest
 from .lm import LM
 from .sites import Key, capture
 
@@ -82,13 +85,14 @@ def harvest(
         raise ValueError(
             f"batch_rows is {batch_rows} and shard_rows {shard_rows}: expected at least 1 each"
         )
-    keep = ~torch.isin(tokens.ids, torch.tensor(lm.special_ids, dtype=tokens.ids.dtype))
+    keep = ~lm.is_special(tokens.ids)
     if not keep.any():
         raise ValueError(
-            f"all tokens are special ({', '.join(map(str, lm.special_ids))} for {lm.name}): no activation is left"
+            f"all tokens are special ({', '.join(map(str, lm.special_ids))} for {lm.name}): no "
+            "activation is left"
         )
 
-    n_shards = -(-len(tokens) // shard_rows)
+    folders = {key: Path(out) / f"{key[0]}-{key[1]}" if several else Path(out) for key in keys}
     request = {
         "model": lm.fingerprint,
         "tokens": tensor_digest({"ids": tokens.ids, "document": tokens.document}),
@@ -96,73 +100,23 @@ def harvest(
         "dtype": dtype,
         "shard_rows": shard_rows,
     }
-    folders = {key: Path(out) / f"{key[0]}-{key[1]}" if several else Path(out) for key in keys}
-    indexes = {
-        key: start_store(
-            folders[key],
-            {**request, "site": key[0], "layer": key[1]},
-            lm.name,
-            widths[key],
-            n_shards,
-        )
-        for key in keys
-    }
-    missing = {
-        number: [key for key in keys if shard_name(number) not in indexes[key]["shards"]]
-        for number in range(n_shards)
-    }
-    missing = {number: wanted for number, wanted in missing.items() if wanted}
-
-    total = sum(int(keep[n * shard_rows : (n + 1) * shard_rows].sum()) for n in missing)
-    writing: list[Future] = []
-    with (
-        tqdm(
-            total=total,
-            desc="harvesting",
-            unit="act",
-            unit_scale=True,
-            mininterval=2,
-            leave=bool(missing),
-        ) as progress,
-        ThreadPoolExecutor(1, "jumprelu-shards") as writer,
-    ):
-        for number, wanted in missing.items():
-            rows = slice(number * shard_rows, (number + 1) * shard_rows)
-            shards = {
-                key: _empty_shard(tokens[rows], keep[rows], widths[key], DTYPES[dtype], lm.device)
-                for key in wanted
-            }
-            done = 0
-            for ids, kept in zip(
-                tokens.ids[rows].split(batch_rows), keep[rows].split(batch_rows), strict=True
-            ):
-                index = kept.flatten().nonzero().squeeze(-1).to(lm.device)
-                for key, value in capture(lm, wanted, ids).items():
-                    new = value.flatten(0, 1)[index.to(value.device)].to(DTYPES[dtype])
-                    shards[key].activations[done : done + len(index)].copy_(new, non_blocking=True)
-                done += len(index)
-                progress.update(len(index))
-            if lm.device.type == "cuda":
-                torch.cuda.synchronize(lm.device)
-            for one in writing:
-                one.result()
-            writing = [
-                writer.submit(
-                    _check_and_add,
-                    lm,
-                    key,
-                    folders[key],
-                    indexes[key],
-                    number,
-                    shard,
-                    keep[rows],
-                    rows.start,
-                )
-                for key, shard in shards.items()
-            ]
-        for one in writing:
-            one.result()
-    stores = {key: open_activations(folder) for key, folder in folders.items()}
+    with ExitStack() as stack:
+        for folder in sorted(folders.values()):  # in one order, so that no two wait for each other
+            waiting = f"another process harvests into {folder}: waiting until it is done"
+            stack.enter_context(locked(folder, waiting))
+        n_shards = -(-len(tokens) // shard_rows)
+        indexes = {
+            (site, layer): start_store(
+                folder,
+                {**request, "site": site, "layer": layer},
+                lm.name,
+                widths[site, layer],
+                n_shards,
+            )
+            for (site, layer), folder in folders.items()
+        }
+        _complete(lm, tokens, keep, folders, indexes, batch_rows)
+        stores = {key: open_activations(folder) for key, folder in folders.items()}
     return stores if several else stores[keys[0]]
 
 
@@ -171,25 +125,81 @@ def harvest(
 harvest.version, harvest.threads_matter = 1, False
 
 
+def _complete(
+    lm: LM,
+    tokens: Tokens,
+    keep: torch.Tensor,
+    folders: dict[Key, Path],
+    indexes: dict[Key, dict[str, Any]],
+    batch_rows: int,
+) -> None:
+    """Make the shards that the stores lack. keep: bool [n_rows, context_size], the positions whose
+    activations are stored."""
+    index = next(iter(indexes.values()))
+    shard_rows, dtype = index["request"]["shard_rows"], DTYPES[index["request"]["dtype"]]
+    missing: dict[int, list[Key]] = {}
+    for number in range(index["n_shards"]):
+        wanted = [key for key in indexes if shard_name(number) not in indexes[key]["shards"]]
+        if wanted:
+            missing[number] = wanted
+    total = sum(int(keep[n * shard_rows : (n + 1) * shard_rows].sum()) for n in missing)
+    progress = tqdm(
+        total=total,
+        desc="harvesting",
+        unit="act",
+        unit_scale=True,
+        mininterval=2,
+        leave=bool(missing),
+    )
+    writing: list[Future] = []
+    with progress, ThreadPoolExecutor(1, "jumprelu-shards") as writer:
+        for number, wanted in missing.items():
+            rows = slice(number * shard_rows, (number + 1) * shard_rows)
+            shards = {
+                key: _empty_shard(tokens[rows], keep[rows], indexes[key]["d_in"], dtype, lm.device)
+                for key in wanted
+            }
+            done = 0
+            for ids, kept in zip(
+                tokens.ids[rows].split(batch_rows), keep[rows].split(batch_rows), strict=True
+            ):
+                chosen = kept.flatten().nonzero().squeeze(-1).to(lm.device)
+                for key, value in capture(lm, wanted, ids).items():
+                    new = value.flatten(0, 1)[chosen.to(value.device)].to(dtype)
+                    shards[key].activations[done : done + len(chosen)].copy_(new, non_blocking=True)
+                done += len(chosen)
+                progress.update(len(chosen))
+            if lm.device.type == "cuda":
+                torch.cuda.synchronize(lm.device)
+            for one in writing:
+                one.result()
+            writing = [
+                writer.submit(
+                    _check_and_add, lm, key, folders[key], indexes[key], number, shard, keep[rows]
+                )
+                for key, shard in shards.items()
+            ]
+        for one in writing:
+            one.result()
+
+
 def _check_and_add(
     lm: LM,
     key: Key,
     folder: Path,
-    index: dict,
+    index: dict[str, Any],
     number: int,
     shard: Shard,
     keep: torch.Tensor,
-    first: int,
 ) -> None:
-    """Write a shard; keep: bool [n_rows, context_size], the positions that it holds; first: its
-    first row of tokens."""
-    if not torch.isfinite(
-        shard.activations.sum(dtype=torch.float32)
-    ):  # a sum may overflow without one, so look again
+    """Write a shard; keep: bool [n_rows, context_size], the positions that it holds."""
+    # one NaN or infinity makes the sum one; a sum may overflow without one, so look again
+    if not torch.isfinite(shard.activations.sum(dtype=torch.float32)):
         bad = (~torch.isfinite(shard.activations).all(dim=-1)).nonzero()
         if len(bad):
             row, position = keep.nonzero()[int(bad[0])].tolist()
-            raise ValueError(_not_finite(lm, key, first + row, position, index["request"]["dtype"]))
+            row += number * index["request"]["shard_rows"]
+            raise ValueError(_not_finite(lm, key, row, position, index["request"]["dtype"]))
     add_shard(folder, index, number, shard)
 
 
@@ -206,8 +216,9 @@ def _empty_shard(
 def _not_finite(lm: LM, key: Key, row: int, position: int, dtype: str) -> str:
     ways = "check the weights, or load the model with dtype='float32' or 'bfloat16'"
     if dtype == "float16":
-        ways += "; float16 ends at 65504, which some models exceed: harvest with dtype='bfloat16' or 'float32'"
+        ways += "; float16 ends at 65504, which some models exceed: harvest with dtype='bfloat16' "
+        ways += "or 'float32'"
     return (
-        f"{lm.name} gives NaN or infinity at {key[0]} of layer {key[1]}, row of tokens {row}, first at position "
-        f"{position}, stored as {dtype}. That shard was not written; {ways}"
+        f"{lm.name} gives NaN or infinity at {key[0]} of layer {key[1]}, row of tokens {row}, "
+        f"first at position {position}, stored as {dtype}. That shard was not written; {ways}"
     )

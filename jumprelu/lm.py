@@ -93,6 +93,11 @@ class LM:
                 )
         return tuple(sorted(found))
 
+    def is_special(self, ids: torch.Tensor) -> torch.Tensor:
+        """Where `ids`, any integers, hold a special token (:attr:`special_ids`): bool, same shape
+        and device."""
+        return torch.isin(ids, torch.tensor(self.special_ids, dtype=ids.dtype, device=ids.device))
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Digest of configuration, weights and dtype: two models with one fingerprint give the same

@@ -356,3 +356,29 @@ def test_shards_are_whole_rows_of_about_the_same_size_by_default(lm, tmp_path, m
     assert [len(s.ids) for s in acts.shards()] == [3 * 8] * 6 + [2 * 8]
     acts = harvest(lm, IDS, layer=1, out=tmp_path / "eight", batch_rows=8)  # a batch is never cut
     assert [len(s.ids) for s in acts.shards()] == [8 * 8] * 2 + [4 * 8]
+
+
+def two_at_once(folder: Path, barrier, harvested) -> None:
+    lm, ids = tiny_lm(), random_ids(60, 9)
+    barrier.wait(60)
+    acts = harvest(lm, ids, layer=1, out=folder, batch_rows=1, shard_rows=1)
+    harvested.put((acts.fingerprint, len(acts.index["shards"])))
+
+
+def test_two_processes_harvest_into_one_folder(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier, harvested = context.Barrier(2), context.Queue()
+    pair = [
+        context.Process(target=two_at_once, args=(tmp_path / "both", barrier, harvested))
+        for _ in range(2)
+    ]
+    for process in pair:
+        process.start()
+    one, other = (harvested.get(timeout=120) for _ in pair)
+    for process in pair:
+        process.join(60)
+    alone = harvest(
+        tiny_lm(), random_ids(60, 9), layer=1, out=tmp_path / "alone", batch_rows=1, shard_rows=1
+    )
+    assert one == other == (alone.fingerprint, 60)
+    assert files(tmp_path / "both") == files(tmp_path / "alone")

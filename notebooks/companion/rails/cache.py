@@ -35,6 +35,7 @@ from safetensors import safe_open
 from jumprelu.files import (
     cache_root,
     digest,
+    locked,
     read_json,
     sha256,
     tensor_digest,
@@ -44,7 +45,6 @@ from jumprelu.files import (
 )
 
 from .closure import OWN, closure_hash, followed
-from .locks import locked
 
 log = logging.getLogger(__name__)
 

@@ -6,11 +6,9 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-DEFAULT_THREADS = 2
+from jumprelu.threads import PASSIVE_WAITING
 
-PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-"""Threads that wait for others sleep. By default they spin, which beside any other busy process
-makes a training step over ten times as slow. Read when torch is loaded."""
+DEFAULT_THREADS = 2
 
 WORKER = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", **PASSIVE_WAITING}
 """Of a worker process of a sweep, which computes with one thread."""

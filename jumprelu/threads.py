@@ -1,0 +1,23 @@
+"""How the threads of torch wait for each other. Imports no torch, for it must come before torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+PASSIVE_WAITING: dict[str, str] = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+"""Environment variables with which waiting threads sleep. Give them to every child process.
+
+By default OpenMP's threads spin while they wait, which takes the cores away from the threads that
+are waited for as soon as anything else runs. A training step (d_in 256, d_sae 4096, batch 2048, 2
+cores) beside one other busy process takes 1,410 ms so and 101 to 180 ms with these; on a quiet
+machine 93 ms and 102 ms.
+"""
+
+
+def wait_passively() -> None:
+    """Set `PASSIVE_WAITING` in this process, unless torch is loaded (OpenMP reads the variables
+    once, then) or the user has set one of the variables that say how OpenMP's threads wait."""
+    set_by_user = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys()
+    if "torch" not in sys.modules and not set_by_user:
+        os.environ.update(PASSIVE_WAITING)
