@@ -14,21 +14,22 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-try:
-    import datasets
-except ImportError:  # a machine that computes on rows of tokens it was given needs none
-    datasets = None
 import torch
 from tqdm import tqdm
 
 from .files import SUBJECT, cache_root, digest, read_json
+from .lm import hub_access
+
+if TYPE_CHECKING:
+    import datasets
 
 PACKAGES = (
     "torch",
@@ -171,6 +172,8 @@ def installed_texts(split: str) -> datasets.Dataset:
     Documents of 1,000 to 200,000 characters, nearly all ASCII, each content once (the first path
     keeps it).
     """
+    import datasets
+
     files = installed_files()
     folder = cache_root() / "datasets"
     stats = [os.stat(path) for _, path in files if os.path.exists(path)]
@@ -230,7 +233,7 @@ def load_texts(
         raise FileNotFoundError(
             f"no such file or folder: {source}. Expected text, JSONL or Parquet, or a hub dataset's id"
         )
-    from .lm import hub_access  # the same advice serves models and datasets
+    import datasets
 
     with hub_access(source, kind="dataset"):
         available = datasets.get_dataset_split_names(source)
@@ -255,6 +258,8 @@ def _local_texts(path: Path) -> datasets.IterableDataset:
         held = sorted(by_kind) or "no files with content"
         raise ValueError(f"{path} holds {held}: expected files of one kind, text, JSONL or Parquet")
     kind, files = by_kind.popitem()
+    import datasets
+
     options = {"sample_by": "document"} if kind == "text" else {}
     return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
 
@@ -276,11 +281,10 @@ def _divide(texts: datasets.IterableDataset, split: str) -> datasets.IterableDat
 def _reading(texts: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The same documents; what breaks while a hub dataset is streamed is said as by
     :func:`jumprelu.lm.hub_access`."""
-    if not isinstance(texts, datasets.IterableDataset):
+    loaded = sys.modules.get("datasets")  # whoever holds such a dataset has loaded it
+    if loaded is None or not isinstance(texts, loaded.IterableDataset):
         yield from texts
         return
-    from .lm import hub_access
-
     with hub_access(texts.info.dataset_name or "the dataset being streamed", kind="dataset"):
         yield from texts
 
@@ -305,7 +309,7 @@ def tokenize(
 
     Raises ValueError if no document fills a row.
     """
-    if isinstance(texts, datasets.Dataset):
+    if "datasets" in sys.modules and isinstance(texts, sys.modules["datasets"].Dataset):
         texts = texts.shuffle(seed=seed)
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     width = context_size - len(begin)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from scipy import stats
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Estimate(NamedTuple):
@@ -194,6 +196,8 @@ def over_seeds(
 def summarise(samples: pd.DataFrame, by: list[str], value: str = "value") -> pd.DataFrame:
     """Mean and 95 % interval of column `value` over the repeats in each group: columns `by`, mean,
     low, high."""
+    import pandas as pd
+
     groups = samples.groupby(by, sort=False)[value]
     rows = [(*key, *mean_interval(group)) for key, group in groups]
     return pd.DataFrame(rows, columns=[*by, "mean", "low", "high"])

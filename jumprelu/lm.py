@@ -20,15 +20,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import constants, errors, snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .activations import DTYPES, check_dtype
 from .files import SUBJECT, digest, read_json, sha256, tensor_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EMBEDDED = "jumprelu-lm"
 """Name of the model that comes with the package; `load_lm(EMBEDDED)` is `load_lm()`."""
@@ -170,6 +171,8 @@ def load_lm(
     Raises FileNotFoundError, PermissionError or ConnectionError if the model cannot be had (see
     :func:`hub_access`), ValueError if it is damaged, incomplete, pickled, or brings its own code.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name, folder = _find(name)
     if dtype is None:
@@ -221,6 +224,8 @@ def _find(name: str | Path | None) -> tuple[str, Path]:
             f"no model folder at {str(name)!r}. Expected a folder with config.json and model.safetensors, "
             "a hub id such as google/gemma-2-2b, or None for the embedded model"
         )
+    from huggingface_hub import snapshot_download
+
     with hub_access(name, "model"):
         # weights in the root only: sub-folders hold copies for other frameworks
         folder = snapshot_download(
@@ -242,6 +247,8 @@ def weight_files(folder: Path) -> list[Path]:
 def _check_folder(folder: Path) -> None:
     """Raise unless `folder` holds a configuration and whole safetensors, and needs no code of its
     own."""
+    from transformers import CONFIG_MAPPING
+
     if not (folder / "config.json").exists():
         raise FileNotFoundError(
             f"{folder} has no config.json: expected a folder written by `save_pretrained` or `hf download`"
@@ -320,6 +327,8 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def _explain(error: BaseException, name: str, kind: str) -> OSError | None:
+    from huggingface_hub import constants, errors
+
     links = _chain(error)
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
     download = f"`hf download {name}{' --repo-type dataset' if kind == 'dataset' else ''}`"

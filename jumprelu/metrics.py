@@ -209,7 +209,6 @@ def evaluate_many(
     tokens = as_tokens(tokens)
     lm.check_ids(tokens.ids)
     batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
-    special = torch.tensor(lm.special_ids, device=lm.device)
     names, document = tokens.document.unique(return_inverse=True)
     read = [_place(sae, lm, tokens, site, layer) for sae in saes]
     places = [
@@ -229,7 +228,7 @@ def evaluate_many(
     ):
         ids = tokens.ids[start : start + batch_rows].to(lm.device)
         owner = document[start : start + batch_rows, None].to(lm.device).expand_as(ids)
-        keep = ~torch.isin(ids, special)
+        keep = ~lm.is_special(ids)
         counted = keep[:, :-1] & keep[:, 1:]
         target, owners = ids[:, 1:][counted], owner[:, :-1][counted]
         ones = torch.ones_like(owners, dtype=torch.float64)

@@ -35,7 +35,7 @@ Key = tuple[str, int]
 """(site, layer)."""
 
 
-class Layout(NamedTuple):
+class Family(NamedTuple):
     """Where a family of models keeps what the sites need; names of modules."""
 
     blocks: str
@@ -49,8 +49,8 @@ class Layout(NamedTuple):
     come on top."""
 
 
-LAYOUTS = {
-    "Llama and Gemma 2": Layout(
+FAMILIES = {
+    "Llama and Gemma 2": Family(
         "model.layers",
         "self_attn.o_proj",
         ("post_feedforward_layernorm", "mlp"),
@@ -63,8 +63,8 @@ LAYOUTS = {
             "post_feedforward_layernorm",
         ),
     ),
-    "GPT-2": Layout("transformer.h", "attn.c_proj", ("mlp",), ("ln_1", "attn", "ln_2", "mlp")),
-    "GPT-NeoX": Layout(
+    "GPT-2": Family("transformer.h", "attn.c_proj", ("mlp",), ("ln_1", "attn", "ln_2", "mlp")),
+    "GPT-NeoX": Family(
         "gpt_neox.layers",
         "attention.dense",
         ("mlp",),
@@ -89,7 +89,7 @@ def capture(lm: LM, wanted: Iterable[Key], ids: torch.Tensor) -> dict[Key, torch
             "nothing to capture: give at least one (site, layer), such as ('resid_post', 3)"
         )
     ids = lm.check_ids(ids)
-    places = [_locate(lm, site, layer) for site, layer in keys]
+    places = [locate(lm, site, layer) for site, layer in keys]
     found: dict[Key, torch.Tensor] = {}
     handles = []
 
@@ -146,7 +146,7 @@ def splice(
             )
         return new
 
-    handle = _attach(_locate(lm, site, layer), replace)
+    handle = _attach(locate(lm, site, layer), replace)
     try:
         yield
     finally:
@@ -162,7 +162,7 @@ def watch(lm: LM, site: str, layer: int) -> Iterator[list[torch.Tensor]]:
     def keep(value: torch.Tensor) -> None:
         seen[:] = [value]
 
-    handle = _attach(_locate(lm, site, layer), keep)
+    handle = _attach(locate(lm, site, layer), keep)
     try:
         yield seen
     finally:
@@ -173,7 +173,7 @@ def watch(lm: LM, site: str, layer: int) -> Iterator[list[torch.Tensor]]:
 def record_blocks(lm: LM, layers: Iterable[int]) -> Iterator[dict[int, Any]]:
     """Within it, what each block of `layers` returned in the last forward pass, by layer, for
     :func:`resume_after`."""
-    _, blocks = _layout(lm.model)
+    _, blocks = _family(lm.model)
     found: dict[int, Any] = {}
 
     def keeper(layer: int) -> Callable[..., None]:
@@ -198,7 +198,7 @@ def resume_after(lm: LM, layer: int, output: Any) -> Iterator[None]:
 
     For passes that differ from a recorded one only from there on. They need use_cache=False.
     """
-    _, blocks = _layout(lm.model)
+    _, blocks = _family(lm.model)
     skipped = blocks[: layer + 1]
     try:
         for block in skipped:
@@ -213,7 +213,7 @@ class _Stop(Exception):
     """Ends a forward pass from within a hook: everything that was wanted is there."""
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     module: torch.nn.Module
     is_input: bool
     """The value is the module's input, not its output."""
@@ -221,19 +221,19 @@ class _Place(NamedTuple):
     """The value is what the module gets, divided by this."""
 
 
-def _locate(lm: LM, site: str, layer: int) -> _Place:
+def locate(lm: LM, site: str, layer: int) -> Place:
     if site not in SITES + INPUTS:
         raise ValueError(f"unknown site {site!r}: expected one of {', '.join(SITES + INPUTS)}")
-    layout, blocks = _layout(lm.model)
+    layout, blocks = _family(lm.model)
     if not isinstance(layer, int) or not 0 <= layer < len(blocks):
         raise ValueError(f"unknown layer {layer!r}: {lm.name} has layers 0 to {len(blocks) - 1}")
     block = blocks[layer]
     if site == "resid_post":
-        return _Place(block, is_input=False)
+        return Place(block, is_input=False)
     if site == "attn_out":
-        return _Place(block.get_submodule(layout.projection), is_input=True)
+        return Place(block.get_submodule(layout.projection), is_input=True)
     if site == "mlp_in":
-        return _Place(block.mlp, is_input=True)
+        return Place(block.mlp, is_input=True)
     if site == "mlp_in_before_gain":
         norm = getattr(block, "pre_feedforward_layernorm", None)
         if type(norm).__name__ not in (
@@ -243,15 +243,15 @@ def _locate(lm: LM, site: str, layer: int) -> _Place:
             raise ValueError(
                 f"mlp_in_before_gain is a site of Gemma 2 and Gemma 3, and {lm.name} is neither: take mlp_in"
             )
-        return _Place(block.mlp, is_input=True, gain=1 + norm.weight.detach().float())
-    return _Place(
+        return Place(block.mlp, is_input=True, gain=1 + norm.weight.detach().float())
+    return Place(
         next(getattr(block, name) for name in layout.mlp if hasattr(block, name)), is_input=False
     )
 
 
-def _layout(model: torch.nn.Module) -> tuple[Layout, torch.nn.ModuleList]:
+def _family(model: torch.nn.Module) -> tuple[Family, torch.nn.ModuleList]:
     """The layout of `model`, and its blocks."""
-    for layout in LAYOUTS.values():
+    for layout in FAMILIES.values():
         blocks = _child(model, layout.blocks)
         if isinstance(blocks, torch.nn.ModuleList) and all(
             _fits(block, layout) for block in blocks
@@ -268,14 +268,14 @@ def _layout(model: torch.nn.Module) -> tuple[Layout, torch.nn.ModuleList]:
     ] or ["no list of blocks, but " + ", ".join(dict(model.named_children()))]
     known = [
         f"{family}: {x.blocks} with {', '.join(x.children)}, and {x.projection}"
-        for family, x in LAYOUTS.items()
+        for family, x in FAMILIES.items()
     ]
     raise ValueError(
         f"unknown layout of {type(model).__name__}.\nFound:\n  "
         + "\n  ".join(found)
         + "\nKnown:\n  "
         + "\n  ".join(known)
-        + "\nA new family is one more entry of jumprelu.sites.LAYOUTS."
+        + "\nA new family is one more entry of jumprelu.sites.FAMILIES."
     )
 
 
@@ -286,7 +286,7 @@ def _child(module: torch.nn.Module, path: str) -> torch.nn.Module | None:
         return None
 
 
-def _fits(block: torch.nn.Module, layout: Layout) -> bool:
+def _fits(block: torch.nn.Module, layout: Family) -> bool:
     children = {name for name, _ in block.named_children() if not name.endswith("dropout")}
     return (
         children <= set(layout.children)
@@ -296,7 +296,7 @@ def _fits(block: torch.nn.Module, layout: Layout) -> bool:
 
 
 def _attach(
-    place: _Place, fn: Callable[[torch.Tensor], torch.Tensor | None]
+    place: Place, fn: Callable[[torch.Tensor], torch.Tensor | None]
 ) -> torch.utils.hooks.RemovableHandle:
     """Call `fn` with the value whenever the module runs; what it returns, unless None, takes the
     value's place."""

@@ -82,7 +82,7 @@ def token_uniformity(
         )
     sae = sae if sae.W_enc.device == lm.device else copy.deepcopy(sae).to(lm.device)
     batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
-    ordinary = ~torch.isin(tokens.ids, torch.tensor(lm.special_ids))
+    ordinary = ~lm.is_special(tokens.ids)
     drawn = _draw(ordinary[:, :-1] & ordinary[:, 1:], per_row, seed)
     # the last block that splicing cannot change, or is about to replace
     known = layer if site == "resid_post" else layer - 1

@@ -107,7 +107,7 @@ def collect_many(
         _check(sae, some) for sae, some in zip(saes, latents or [None] * len(saes), strict=True)
     ]
     parts = [_part(sae, some, lm.device) for sae, some in zip(saes, wanted, strict=True)]
-    keep = ~torch.isin(tokens.ids, torch.tensor(lm.special_ids))
+    keep = ~lm.is_special(tokens.ids)
     if not keep.any():
         raise ValueError("every token is a special one (BOS, EOS or pad): no context to collect")
     stream = _Stream(lm, tokens.ids, keep, list(dict.fromkeys(places)), batch_rows)
@@ -139,7 +139,7 @@ def frequencies(
     tokens = as_tokens(tokens)
     lm.check_ids(tokens.ids)
     places = [_place(sae, site, layer) for sae in saes]
-    keep = ~torch.isin(tokens.ids, torch.tensor(lm.special_ids))
+    keep = ~lm.is_special(tokens.ids)
     batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
     fired = [torch.zeros(sae.d_sae, dtype=torch.float64) for sae in saes]
     for _, x in _Stream(lm, tokens.ids, keep, list(dict.fromkeys(places)), batch_rows).passes(

@@ -18,10 +18,10 @@ import torch
 
 from ..lm import LM
 from ..sae import SAE
-from ..sites import _locate
+from ..sites import locate
 
 FINAL_NORMS = ("model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm")
-"""Where the families of jumprelu.sites.LAYOUTS keep the norm before the unembedding."""
+"""Where the families of jumprelu.sites.FAMILIES keep the norm before the unembedding."""
 BLOCK = 256
 """Atoms at once."""
 
@@ -69,7 +69,7 @@ def logit_effects(
     site, layer = site or sae.origin.site, sae.origin.layer if layer is None else layer
     if site is None or layer is None:
         raise ValueError("the SAE does not say where it was trained: give site and layer")
-    place = _locate(lm, site, layer)
+    place = locate(lm, site, layer)
     to_stream = place.module if site == "attn_out" else None
     width = lm.config.num_attention_heads * getattr(
         lm.config, "head_dim", lm.d_model // lm.config.num_attention_heads

@@ -10,6 +10,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import errors
@@ -400,7 +401,7 @@ def test_an_interrupted_download_says_that_it_goes_on(cause):
     [TimeoutError("slow"), ConnectionResetError("reset"), errors.LocalEntryNotFoundError("none")],
 )
 def test_no_network_is_a_connection_error(cause, monkeypatch):
-    monkeypatch.setattr(lm_module.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     error = explained(cause)
     assert (
         type(error) is ConnectionError

@@ -237,7 +237,7 @@ def token_features(
         l0.append(torch.bincount(sae.encode(x, sparse=True).indices()[0], minlength=len(x)))
         norm.append(x.norm(dim=-1))
     losses = torch.nn.functional.pad(token_losses(lm, tokens.ids), (0, 1), value=float("nan"))
-    kept = ~torch.isin(tokens.ids, torch.tensor(lm.special_ids))
+    kept = ~lm.is_special(tokens.ids)
     kept[:, : parts.start] = False
     return pd.DataFrame(
         {"loss": losses[kept].numpy(), "l0": torch.cat(l0).numpy(), "x": torch.cat(norm).numpy()}

@@ -79,7 +79,6 @@ def splice_variants(
     tokens = as_tokens(tokens)
     lm.check_ids(tokens.ids)
     batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
-    special = torch.tensor(lm.special_ids, device=lm.device)
     documents, document = tokens.document.unique(return_inverse=True)
     known = (
         layer if site == "resid_post" else layer - 1
@@ -95,9 +94,9 @@ def splice_variants(
         range(0, len(tokens), batch_rows), desc="splicing", unit="batch", mininterval=1
     ):
         ids = tokens.ids[first : first + batch_rows].to(lm.device)
-        replaced = ~torch.isin(ids, special)
+        replaced = ~lm.is_special(ids)
         replaced[:, :start] = False
-        counted = replaced[:, :-1] & ~torch.isin(ids, special)[:, 1:]
+        counted = replaced[:, :-1] & ~lm.is_special(ids)[:, 1:]
         rows = document[first : first + batch_rows, None].to(lm.device).expand_as(ids)
         target, owner = ids[:, 1:][counted], rows[:, :-1][counted]
 

@@ -243,7 +243,7 @@ def absorption_table(
             "an SAE does not remember where it was trained: make it with SAE(..., "
             "origin=Origin(site=, layer=))"
         )
-    keep = ~torch.isin(tokens.ids, torch.tensor(lm.special_ids))
+    keep = ~lm.is_special(tokens.ids)
     documents, number = tokens.document.unique(return_inverse=True)
     if len(documents) < 2:
         raise ValueError(

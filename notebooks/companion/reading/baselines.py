@@ -18,7 +18,7 @@ def activations(lm: LM, tokens: Tokens | torch.Tensor, site: str, layer: int) ->
     """The model's activations at all tokens but special ones, [n, d_in], in memory: for a few
     rows."""
     tokens = as_tokens(tokens)
-    keep = ~torch.isin(tokens.ids, torch.tensor(lm.special_ids))
+    keep = ~lm.is_special(tokens.ids)
     parts = [
         capture(lm, [(site, layer)], ids)[site, layer][kept.to(lm.device)].float().cpu()
         for ids, kept in zip(tokens.ids.split(8), keep.split(8), strict=True)

@@ -67,7 +67,7 @@ def find_positions(
         tokens.document.tolist(),
         strict=True,
     ):
-        ordinary = ~torch.isin(ids, torch.tensor(lm.special_ids))
+        ordinary = ~lm.is_special(ids)
         pieces = [
             words[token] if kept else ""
             for token, kept in zip(ids.tolist(), ordinary.tolist(), strict=True)

@@ -77,7 +77,6 @@ def token_rises(
     for sae in saes.values():
         check_autoencoder(sae)
     batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
-    special = torch.tensor(lm.special_ids, device=lm.device)
     before = {
         name: sae.origin.layer - (sae.origin.site != "resid_post") for name, sae in saes.items()
     }  # unchanged by splicing
@@ -90,7 +89,7 @@ def token_rises(
         range(0, len(tokens), batch_rows), desc="splicing", unit="batch", mininterval=1
     ):
         ids = lm.check_ids(tokens.ids[start : start + batch_rows])
-        keep = ~torch.isin(ids, special)
+        keep = ~lm.is_special(ids)
         counted = keep[:, :-1] & keep[:, 1:]
         target = ids[:, 1:][counted]
 

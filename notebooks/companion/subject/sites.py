@@ -11,21 +11,21 @@ from tqdm import tqdm
 
 from jumprelu.corpus import Tokens
 from jumprelu.lm import LM
-from jumprelu.sites import LAYOUTS, SITES, capture
+from jumprelu.sites import FAMILIES, SITES, capture
 
 
 def _attention_parts(lm: LM, layer: int) -> tuple[torch.nn.Module, torch.nn.Module]:
     """What attn_out goes through on its way to the residual stream: the output projection, and
     Gemma 2's norm."""
     modules = dict(lm.model.named_modules())
-    layout = next(layout for layout in LAYOUTS.values() if layout.blocks in modules)
-    block = modules[f"{layout.blocks}.{layer}"]
+    family = next(family for family in FAMILIES.values() if family.blocks in modules)
+    block = modules[f"{family.blocks}.{layer}"]
     after = (
         block.post_attention_layernorm
         if hasattr(block, "post_feedforward_layernorm")
         else torch.nn.Identity()
     )
-    return block.get_submodule(layout.projection), after
+    return block.get_submodule(family.projection), after
 
 
 @torch.no_grad()
@@ -64,12 +64,11 @@ def site_statistics(lm: LM, tokens: Tokens, batch_rows: int = 4) -> pd.DataFrame
     """
     keys = [(site, layer) for site in SITES for layer in range(lm.n_layers)]
     sums: dict[tuple[str, int], list[Any]] = {key: [0.0, 0.0, 0.0] for key in keys}
-    special = torch.tensor(lm.special_ids)
     n_ordinary = 0
     for rows in tqdm(
         tokens.ids.split(batch_rows), desc="measuring sites", unit="batch", mininterval=2
     ):
-        ordinary = ~torch.isin(rows, special)
+        ordinary = ~lm.is_special(rows)
         n_ordinary += int(ordinary.sum())
         for key, value in capture(lm, keys, rows).items():
             x = value[ordinary.to(value.device)].double()

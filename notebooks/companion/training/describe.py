@@ -207,7 +207,6 @@ def describe_latents(
     batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
     if sae.W_enc.device != lm.device:
         sae = copy.deepcopy(sae).to(lm.device)  # the caller's stays where it is
-    special = torch.tensor(lm.special_ids, device=lm.device)
     # The ids that occur: fewer groups than the vocabulary may have
     names, group = tokens.ids.unique(return_inverse=True)
     before = torch.cat([torch.full_like(group[:, :1], len(names)), group[:, :-1]], 1)
@@ -223,7 +222,7 @@ def describe_latents(
     ):
         rows = slice(start, start + batch_rows)
         ids = tokens.ids[rows].to(lm.device)
-        keep = ~torch.isin(ids, special)
+        keep = ~lm.is_special(ids)
         x = capture(lm, [key], ids)[key][keep].to(sae.W_enc.dtype)
         token, previous, position = (
             kind[rows].to(lm.device)[keep] for kind in (group, before, bins)
