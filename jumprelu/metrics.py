@@ -12,19 +12,17 @@ Notable here:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 from .corpus import Tokens, as_tokens
 from .intervals import Estimate, ratio_estimate, share_estimate
 from .lm import LM
 from .sae import SAE, Transcoder
-from .sites import INPUTS, Key, capture, record_blocks, resume_after, splice, watch
+from .sites import INPUTS, Key, capture
+from .splicing import Batch, Splicer, on_device, place_of, watch
 
 GROUPS = 32
 """Documents are dealt into this many groups for the jackknife of the shares of latents."""
@@ -169,6 +167,28 @@ class _Sums:
         )
 
 
+class _Reconstruct(NamedTuple):
+    """What takes the activations' place, and is entered in the sums on the way."""
+
+    sae: SAE
+    seen: list[torch.Tensor]
+    """What the SAE reads: [rows, positions, d_in], when the pass comes to the splice."""
+    batch: Batch
+    sums: _Sums
+    l0: list[torch.Tensor]
+
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        sae, keep = self.sae, self.batch.keep
+        x, target = self.seen[0][keep].to(sae.dtype), value.to(sae.dtype)
+        acts = sae.encode(x, sparse=True)
+        x_hat = sae.decode(acts)
+        if getattr(sae, "W_skip", None) is not None:
+            x_hat = x_hat + x @ sae.W_skip
+        document = self.batch.document[keep]
+        self.l0.append(self.sums.add_activations(target, x_hat, acts, document).cpu())
+        return x_hat
+
+
 def evaluate(
     sae: SAE,
     lm: LM,
@@ -207,78 +227,41 @@ def evaluate_many(
     """:func:`evaluate` of several SAEs, whatever their sites and widths. The model's own pass is
     computed once for all, and each spliced one from the SAE's place on."""
     tokens = as_tokens(tokens)
-    lm.check_ids(tokens.ids)
-    batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
-    names, document = tokens.document.unique(return_inverse=True)
     read = [_place(sae, lm, tokens, site, layer) for sae in saes]
     places = [
-        ("mlp_out", n) if isinstance(sae, Transcoder) else (at, n)
-        for sae, (at, n) in zip(saes, read, strict=True)
+        ("mlp_out", place[1]) if isinstance(sae, Transcoder) else place
+        for sae, place in zip(saes, read, strict=True)
     ]
-    # the last block whose output splicing cannot change, or is about to replace: later passes begin
-    # there
-    before = [at_layer if at_site == "resid_post" else at_layer - 1 for at_site, at_layer in places]
-    saes = [
-        sae if sae.W_enc.device == lm.device else copy.deepcopy(sae).to(lm.device) for sae in saes
-    ]  # the caller's stays
-    sums = [_Sums(len(names), sae.d_in, sae.d_sae, lm.device) for sae in saes]
+    splicer = Splicer(lm, tokens, places, batch_rows=batch_rows)
+    saes = [on_device(sae, lm.device) for sae in saes]
+    sums = [_Sums(splicer.n_documents, sae.d_in, sae.d_sae, lm.device) for sae in saes]
     l0_per_token: list[list[torch.Tensor]] = [[] for _ in saes]
-    for start in tqdm(
-        range(0, len(tokens), batch_rows), desc="evaluating", unit="batch", mininterval=1
-    ):
-        ids = tokens.ids[start : start + batch_rows].to(lm.device)
-        owner = document[start : start + batch_rows, None].to(lm.device).expand_as(ids)
-        keep = ~lm.is_special(ids)
-        counted = keep[:, :-1] & keep[:, 1:]
-        target, owners = ids[:, 1:][counted], owner[:, :-1][counted]
+    for batch, log_p in splicer:
+        p, loss = log_p.exp(), batch.losses(log_p).double()
+        owners = batch.counted_document
         ones = torch.ones_like(owners, dtype=torch.float64)
-
-        def log_probabilities(ids=ids, counted=counted) -> torch.Tensor:
-            return lm.model(ids, use_cache=False).logits[:, :-1][counted].float().log_softmax(-1)
-
-        with record_blocks(lm, [known for known in before if known >= 0]) as blocks:
-            log_p = log_probabilities()
-        p, loss = log_p.exp(), F.nll_loss(log_p, target, reduction="none").double()
-        for sae, source, place, known, own, l0 in zip(
-            saes, read, places, before, sums, l0_per_token, strict=True
-        ):
+        for sae, source, place, own, l0 in zip(saes, read, places, sums, l0_per_token, strict=True):
             with watch(lm, *source) as seen:
-
-                def replace(
-                    value: torch.Tensor, keep=keep, owner=owner, sae=sae, own=own, l0=l0, seen=seen
-                ) -> torch.Tensor:
-                    x, target = seen[0][keep].to(sae.dtype), value[keep].to(sae.dtype)
-                    acts = sae.encode(x, sparse=True)
-                    x_hat = (
-                        sae.decode(acts)
-                        if getattr(sae, "W_skip", None) is None
-                        else sae.decode(acts) + x @ sae.W_skip
-                    )
-                    l0.append(own.add_activations(target, x_hat, acts, owner[keep]).cpu())
-                    return value.index_put((keep,), x_hat.to(value.dtype))
-
-                with splice(lm, *place, replace), resume_after(lm, known, blocks.get(known)):
-                    log_q = log_probabilities()
+                reconstruct = _Reconstruct(sae, seen, batch, own, l0)
+                log_q = batch.spliced(*place, reconstruct)
             own.predicted.index_add_(0, owners, ones)
             own.loss.index_add_(0, owners, loss)
-            own.spliced.index_add_(0, owners, F.nll_loss(log_q, target, reduction="none").double())
+            own.spliced.index_add_(0, owners, batch.losses(log_q).double())
             own.kl.index_add_(0, owners, torch.linalg.vecdot(p, log_p - log_q).double())
     if saes and not sums[0].tokens.sum() > 0:
         raise ValueError("every token is a special one (BOS, EOS or pad): nothing to evaluate")
     if saes and not sums[0].predicted.sum() > 0:
         raise ValueError(
-            "no two neighbouring tokens are both not special: there is no loss to compare; give longer rows"
+            "no two neighbouring tokens are both not special: there is no loss to "
+            "compare; give longer rows"
         )
     return [own.report(torch.cat(l0)) for own, l0 in zip(sums, l0_per_token, strict=True)]
 
 
 def _place(sae: SAE, lm: LM, tokens: Tokens, site: str | None, layer: int | None) -> Key:
     """Where an SAE belongs, checked against the model."""
-    site, layer = site or sae.origin.site, layer if layer is not None else sae.origin.layer
-    if site is None or layer is None:
-        raise ValueError(
-            "this SAE does not remember where it was trained: give evaluate(..., site=..., layer=...)"
-        )
+    site, layer = place_of(sae, site, layer)
+    lm.check_ids(tokens.ids)
     if isinstance(sae, Transcoder) and site not in INPUTS:
         raise ValueError(
             f"a transcoder reads {' or '.join(INPUTS)}, not {site}: give evaluate(..., site=...)"
@@ -286,7 +269,8 @@ def _place(sae: SAE, lm: LM, tokens: Tokens, site: str | None, layer: int | None
     width = capture(lm, [(site, layer)], tokens.ids[:1, :2].to(lm.device))[site, layer].shape[-1]
     if width != sae.d_in:
         raise ValueError(
-            f"{site} of layer {layer} of {lm.name} has width {width}, the SAE expects d_in = {sae.d_in}: "
+            f"{site} of layer {layer} of {lm.name} has width {width}, the SAE expects "
+            f"d_in = {sae.d_in}: "
             "wrong site, layer or model"
         )
     return site, layer

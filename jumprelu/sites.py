@@ -1,28 +1,29 @@
-"""Reading and replacing activations inside a language model, by forward hooks on transformers' own
-modules.
+"""Where activations are inside a language model, and reading them, by forward hooks on
+transformers' own modules. (Replacing them: splicing.py.)
 
-    resid_post   output of block `layer`                                              [batch, positions, d_model]
-    mlp_out      what the MLP adds to the residual stream; Gemma 2: after its post-norm [batch, positions, d_model]
-    attn_out     the heads, concatenated, before the output projection        [batch, positions, n_heads · head_dim]
+    resid_post   output of block `layer`
+    mlp_out      what the MLP adds to the residual stream; Gemma 2: after its post-norm
+    attn_out     the heads, concatenated, before the output projection
 
 (The three sites of Gemma Scope, Lieberum et al. 2024, section on the training data.) Transcoders,
 which predict mlp_out, read
 
-    mlp_in               what the MLP gets, after the norm before it              [batch, positions, d_model]
-    mlp_in_before_gain   the same before that norm's gain, as Gemma Scope's transcoders do; Gemma 2 and 3 only
+    mlp_in               what the MLP gets, after the norm before it
+    mlp_in_before_gain   the same before that norm's gain, as Gemma Scope's transcoders do;
+                         Gemma 2 and 3 only
+
+All are [batch, positions, d_model] but attn_out, which is [batch, positions, n_heads · head_dim].
 
 Notable here:
 - a layout is four names of modules. A model whose blocks have other children is refused, with the
   list of what was found: a hook in the wrong place would give numbers that look right.
-- `capture` stops the forward pass at the last module it needs; `resume_after` starts one behind
-  what is known already.
+- `capture` stops the forward pass at the last module it needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -103,7 +104,7 @@ def capture(lm: LM, wanted: Iterable[Key], ids: torch.Tensor) -> dict[Key, torch
 
     try:
         for key, place in zip(keys, places, strict=True):
-            handles.append(_attach(place, keeper(key)))
+            handles.append(attach(place, keeper(key)))
         with torch.no_grad():
             lm.model(input_ids=ids, use_cache=False)
     except _Stop:
@@ -112,101 +113,6 @@ def capture(lm: LM, wanted: Iterable[Key], ids: torch.Tensor) -> dict[Key, torch
         for handle in handles:
             handle.remove()
     return {key: found[key] for key in keys}
-
-
-@contextmanager
-def splice(
-    lm: LM, site: str, layer: int, fn: Callable[[torch.Tensor], torch.Tensor]
-) -> Iterator[None]:
-    """Within it, every forward pass of `lm.model` has `fn(value)` in the place of the value at
-    (site, layer).
-
-    fn: takes [batch, positions, width], returns the same shape and dtype. `fn = lambda x: x`
-    changes no logit (at mlp_in_before_gain, but for rounding).
-
-    Raises ValueError for an unknown site, layer or layout, and, from the forward pass, if `fn`
-    returns another shape or dtype.
-    """
-
-    def replace(value: torch.Tensor) -> torch.Tensor:
-        new = fn(value)
-        if (
-            not isinstance(new, torch.Tensor)
-            or new.shape != value.shape
-            or new.dtype != value.dtype
-        ):
-            given = (
-                f"{tuple(new.shape)} of {new.dtype}"
-                if isinstance(new, torch.Tensor)
-                else type(new).__name__
-            )
-            raise ValueError(
-                f"the function spliced in at {site}, layer {layer}, returned {given}, expected the shape and dtype "
-                f"of its argument: {tuple(value.shape)} of {value.dtype}"
-            )
-        return new
-
-    handle = _attach(locate(lm, site, layer), replace)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def watch(lm: LM, site: str, layer: int) -> Iterator[list[torch.Tensor]]:
-    """Within it, a list with the value at (site, layer) of the last forward pass, once that pass
-    has come so far."""
-    seen: list[torch.Tensor] = []
-
-    def keep(value: torch.Tensor) -> None:
-        seen[:] = [value]
-
-    handle = _attach(locate(lm, site, layer), keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def record_blocks(lm: LM, layers: Iterable[int]) -> Iterator[dict[int, Any]]:
-    """Within it, what each block of `layers` returned in the last forward pass, by layer, for
-    :func:`resume_after`."""
-    _, blocks = _family(lm.model)
-    found: dict[int, Any] = {}
-
-    def keeper(layer: int) -> Callable[..., None]:
-        def keep(module: torch.nn.Module, args: tuple, output: Any) -> None:
-            found[layer] = output
-
-        return keep
-
-    handles = [blocks[layer].register_forward_hook(keeper(layer)) for layer in set(layers)]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def resume_after(lm: LM, layer: int, output: Any) -> Iterator[None]:
-    """Within it, a forward pass computes nothing up to block `layer`, which gives `output`: from
-    :func:`record_blocks` and a pass over the same ids. Hooks on that block run as ever. A `layer`
-    of −1 leaves the pass as it is.
-
-    For passes that differ from a recorded one only from there on. They need use_cache=False.
-    """
-    _, blocks = _family(lm.model)
-    skipped = blocks[: layer + 1]
-    try:
-        for block in skipped:
-            block.forward = lambda *args, **kwargs: output
-        yield
-    finally:
-        for block in skipped:
-            block.__dict__.pop("forward", None)
 
 
 class _Stop(Exception):
@@ -224,7 +130,7 @@ class Place(NamedTuple):
 def locate(lm: LM, site: str, layer: int) -> Place:
     if site not in SITES + INPUTS:
         raise ValueError(f"unknown site {site!r}: expected one of {', '.join(SITES + INPUTS)}")
-    layout, blocks = _family(lm.model)
+    layout, blocks = family_of(lm.model)
     if not isinstance(layer, int) or not 0 <= layer < len(blocks):
         raise ValueError(f"unknown layer {layer!r}: {lm.name} has layers 0 to {len(blocks) - 1}")
     block = blocks[layer]
@@ -241,7 +147,8 @@ def locate(lm: LM, site: str, layer: int) -> Place:
             "Gemma3RMSNorm",
         ):  # whose gain is 1 + weight
             raise ValueError(
-                f"mlp_in_before_gain is a site of Gemma 2 and Gemma 3, and {lm.name} is neither: take mlp_in"
+                f"mlp_in_before_gain is a site of Gemma 2 and Gemma 3, and {lm.name} is "
+                "neither: take mlp_in"
             )
         return Place(block.mlp, is_input=True, gain=1 + norm.weight.detach().float())
     return Place(
@@ -249,7 +156,7 @@ def locate(lm: LM, site: str, layer: int) -> Place:
     )
 
 
-def _family(model: torch.nn.Module) -> tuple[Family, torch.nn.ModuleList]:
+def family_of(model: torch.nn.Module) -> tuple[Family, torch.nn.ModuleList]:
     """The layout of `model`, and its blocks."""
     for layout in FAMILIES.values():
         blocks = _child(model, layout.blocks)
@@ -263,7 +170,8 @@ def _family(model: torch.nn.Module) -> tuple[Family, torch.nn.ModuleList]:
         if isinstance(module, torch.nn.ModuleList) and len(module)
     ]
     found = [
-        f"{name}: {len(blocks)} × {type(blocks[0]).__name__} with {', '.join(dict(blocks[0].named_children()))}"
+        f"{name}: {len(blocks)} × {type(blocks[0]).__name__} with "
+        + ", ".join(dict(blocks[0].named_children()))
         for name, blocks in lists
     ] or ["no list of blocks, but " + ", ".join(dict(model.named_children()))]
     known = [
@@ -295,7 +203,7 @@ def _fits(block: torch.nn.Module, layout: Family) -> bool:
     )
 
 
-def _attach(
+def attach(
     place: Place, fn: Callable[[torch.Tensor], torch.Tensor | None]
 ) -> torch.utils.hooks.RemovableHandle:
     """Call `fn` with the value whenever the module runs; what it returns, unless None, takes the

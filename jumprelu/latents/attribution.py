@@ -17,7 +17,6 @@ Notable here:
 
 from __future__ import annotations
 
-import copy
 from typing import NamedTuple
 
 import torch
@@ -26,7 +25,8 @@ from tqdm import tqdm
 from ..corpus import Tokens, as_tokens
 from ..lm import LM
 from ..sae import SAE, check_autoencoder
-from ..sites import capture, record_blocks, resume_after, splice
+from ..sites import capture
+from ..splicing import known_before, on_device, place_of, record_blocks, resume_after, splice
 
 
 class Uniformity(NamedTuple):
@@ -74,18 +74,13 @@ def token_uniformity(
     tokens = as_tokens(tokens)
     lm.check_ids(tokens.ids)
     check_autoencoder(sae)
-    site, layer = sae.origin.site, sae.origin.layer
-    if site is None or layer is None:
-        raise ValueError(
-            "this SAE does not remember where it was trained: make it with SAE(..., "
-            "origin=Origin(site=..., layer=...))"
-        )
-    sae = sae if sae.W_enc.device == lm.device else copy.deepcopy(sae).to(lm.device)
+    site, layer = place_of(sae)
+    sae = on_device(sae, lm.device)
     batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
     ordinary = ~lm.is_special(tokens.ids)
     drawn = _draw(ordinary[:, :-1] & ordinary[:, 1:], per_row, seed)
     # the last block that splicing cannot change, or is about to replace
-    known = layer if site == "resid_post" else layer - 1
+    known = known_before(site, layer)
     values, l0, rows = [], [], []
     for start in tqdm(
         range(0, len(tokens), batch_rows), desc="attributing", unit="batch", mininterval=1

@@ -11,7 +11,8 @@ from models import random_ids, tiny_lm
 from jumprelu.corpus import Tokens
 from jumprelu.metrics import evaluate
 from jumprelu.sae import SAE, Origin
-from jumprelu.sites import capture, splice
+from jumprelu.sites import capture
+from jumprelu.splicing import splice
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from models import FAMILIES, random_ids, tiny_lm, tiny_tokenizer
 from jumprelu.corpus import Tokens
 from jumprelu.lm import LM
 from jumprelu.sae import SAE, Origin
-from jumprelu.sites import capture, record_blocks, splice
+from jumprelu.sites import capture
+from jumprelu.splicing import record_blocks, splice
 
 PLACES = [("resid_post", 1), ("mlp_out", 0), ("attn_out", 2)]
 CONCEPTS = [

@@ -10,7 +10,8 @@ from models import random_ids, tiny_lm
 
 from jumprelu.latents.attribution import _attributions, _draw, token_uniformity, uniformity
 from jumprelu.sae import SAE, Origin
-from jumprelu.sites import capture, splice
+from jumprelu.sites import capture
+from jumprelu.splicing import splice
 
 PLACES = [("resid_post", 1), ("mlp_out", 0), ("attn_out", 2)]
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from jumprelu.corpus import Tokens
 from jumprelu.metrics import evaluate, fvu
 from jumprelu.sae import SAE, Origin, Transcoder
-from jumprelu.sites import capture, splice
+from jumprelu.sites import capture
+from jumprelu.splicing import splice
 from tests.models import tiny_lm
 
 

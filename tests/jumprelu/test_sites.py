@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from jumprelu.lm import LM
-from jumprelu.sites import INPUTS, SITES, capture, record_blocks, resume_after, splice, watch
+from jumprelu.sites import INPUTS, SITES, capture
+from jumprelu.splicing import record_blocks, resume_after, splice, watch
 from tests.models import D_MODEL, FAMILIES, HEADS, LAYERS, VOCAB, random_ids, tiny_lm
 
 ALL = [(site, layer) for site in SITES for layer in range(LAYERS)]

@@ -15,12 +15,10 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 from jumprelu.corpus import Tokens, as_tokens
 from jumprelu.lm import LM
-from jumprelu.sites import record_blocks, resume_after, splice
+from jumprelu.splicing import Splicer
 
 Replace = Callable[[torch.Tensor], torch.Tensor]
 """Raw activations [n, d_in] to what takes their place, [n, d_in]."""
@@ -56,6 +54,21 @@ class Spliced(NamedTuple):
         return one / other
 
 
+class _Variant(NamedTuple):
+    """A variant that computes on the CPU and adds up what it misses, by document."""
+
+    fn: Replace
+    document: torch.Tensor
+    missing: torch.Tensor
+
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        x = value.float().cpu()
+        new = self.fn(x)
+        error = (x - new).double().square().sum(-1)
+        self.missing.index_add_(0, self.document, error.to(self.missing.device))
+        return new
+
+
 @torch.no_grad()
 def splice_variants(
     lm: LM,
@@ -74,53 +87,23 @@ def splice_variants(
     computed once for all, the others from the site on.
 
     Raises ValueError if no position from `start` on is left to count, or as
-    :func:`jumprelu.sites.splice` does.
+    :func:`jumprelu.splicing.splice` does.
     """
     tokens = as_tokens(tokens)
-    lm.check_ids(tokens.ids)
-    batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
-    documents, document = tokens.document.unique(return_inverse=True)
-    known = (
-        layer if site == "resid_post" else layer - 1
-    )  # the last block that splicing cannot change, or is about to replace
-    count, own = (
-        torch.zeros(len(documents), dtype=torch.float64, device=lm.device) for _ in range(2)
-    )
-    spliced, missing = (
-        torch.zeros(len(variants), len(documents), dtype=torch.float64, device=lm.device)
-        for _ in range(2)
-    )
-    for first in tqdm(
-        range(0, len(tokens), batch_rows), desc="splicing", unit="batch", mininterval=1
-    ):
-        ids = tokens.ids[first : first + batch_rows].to(lm.device)
-        replaced = ~lm.is_special(ids)
-        replaced[:, :start] = False
-        counted = replaced[:, :-1] & ~lm.is_special(ids)[:, 1:]
-        rows = document[first : first + batch_rows, None].to(lm.device).expand_as(ids)
-        target, owner = ids[:, 1:][counted], rows[:, :-1][counted]
+    splicer = Splicer(lm, tokens, [(site, layer)], start, batch_rows)
 
-        def losses(ids=ids, counted=counted, target=target) -> torch.Tensor:
-            logits = lm.model(ids, use_cache=False).logits[:, :-1][counted].float()
-            return F.cross_entropy(logits, target, reduction="none").double()
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, splicer.n_documents, dtype=torch.float64, device=lm.device)
 
-        with record_blocks(lm, [known] if known >= 0 else []) as blocks:
-            own.index_add_(0, owner, losses())
+    count, own, spliced, missing = zeros(), zeros(), zeros(len(variants)), zeros(len(variants))
+    for batch, log_p in splicer:
+        owner = batch.counted_document
         count.index_add_(0, owner, torch.ones_like(owner, dtype=torch.float64))
+        own.index_add_(0, owner, batch.losses(log_p).double())
         for number, variant in enumerate(variants.values()):
-
-            def replace(
-                value: torch.Tensor, variant=variant, replaced=replaced, number=number, rows=rows
-            ) -> torch.Tensor:
-                x = value[replaced].float().cpu()
-                new = variant(x)
-                missing[number].index_add_(
-                    0, rows[replaced], (x - new).double().square().sum(-1).to(lm.device)
-                )
-                return value.index_put((replaced,), new.to(value))
-
-            with splice(lm, site, layer, replace), resume_after(lm, known, blocks.get(known)):
-                spliced[number].index_add_(0, owner, losses())
+            replace = _Variant(variant, batch.document[batch.keep], missing[number])
+            losses = batch.losses(batch.spliced(site, layer, replace))
+            spliced[number].index_add_(0, owner, losses.double())
     if not count.sum() > 0:
         raise ValueError(
             f"no position from {start} on has a next token to predict: rows have "

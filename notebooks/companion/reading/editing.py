@@ -21,7 +21,6 @@ Notable here:
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -35,6 +34,7 @@ from jumprelu.intervals import over_seeds
 from jumprelu.lm import LM
 from jumprelu.sae import SAE, check_autoencoder
 from jumprelu.sites import Key
+from jumprelu.splicing import known_before, on_device, place_of
 
 from .concepts import Concept, python_concepts
 from .positions import Row, answer_table, copied_logits, find_positions, log_odds
@@ -235,13 +235,8 @@ def editing_table(
         raise ValueError(
             "expected at least two concepts: what an edit does besides is measured on the others'"
         )
-    places = {(sae.origin.site, sae.origin.layer) for several in saes.values() for sae in several}
-    if any(None in place for place in places):
-        raise ValueError(
-            "an SAE does not remember where it was trained: make it with SAE(..., "
-            "origin=Origin(site=, layer=))"
-        )
-    known = {layer if site == "resid_post" else layer - 1 for site, layer in places} - {-1}
+    places = {place_of(sae) for several in saes.values() for sae in several}
+    known = {known_before(*place) for place in places} - {-1}
     _, number = tokens.document.unique(return_inverse=True)
     train, test = (
         find_positions(lm, tokens[number % 2 == half], concepts, sorted(known), most)
@@ -257,7 +252,7 @@ def editing_table(
         found = []
         for sae in tqdm(several, desc=f"editing with {name}", unit="SAE", mininterval=1):
             place = sae.origin.site, sae.origin.layer
-            sae = sae if sae.W_enc.device == lm.device else copy.deepcopy(sae).to(lm.device)
+            sae = on_device(sae, lm.device)
             x, gradient = points[place]
             sets = torch.zeros(
                 len(concepts), len(RANKINGS), len(counts), sae.d_sae, dtype=torch.bool

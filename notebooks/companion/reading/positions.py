@@ -3,7 +3,7 @@
 Notable here:
 - an edited position is a copy at the end of its row, which sees what the position sees and is seen
   by nobody. So one pass holds hundreds of edits, exactly, and begins behind what is known
-  (:func:`jumprelu.sites.resume_after`).
+  (:func:`jumprelu.splicing.resume_after`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from jumprelu.corpus import Tokens
 from jumprelu.lm import LM
-from jumprelu.sites import Key, record_blocks, resume_after, splice
+from jumprelu.sites import Key
+from jumprelu.splicing import known_before, record_blocks, resume_after, splice
 
 from .concepts import Concept
 
@@ -155,7 +156,7 @@ def copied_logits(
         else sliding
     )
 
-    known = layer if site == "resid_post" else layer - 1
+    known = known_before(site, layer)
     output = row.blocks.get(known)
     if output is None:
         known = -1

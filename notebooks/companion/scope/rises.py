@@ -10,7 +10,6 @@ Notable here:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from operator import getitem
@@ -20,14 +19,12 @@ from typing import Any, NamedTuple
 import datasets
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 from jumprelu.corpus import Tokens, tokenize
 from jumprelu.intervals import bootstrap
 from jumprelu.lm import LM
 from jumprelu.sae import SAE, check_autoencoder
-from jumprelu.sites import record_blocks, resume_after, splice
+from jumprelu.splicing import Splicer, on_device, place_of
 
 
 class Rises(NamedTuple):
@@ -76,44 +73,20 @@ def token_rises(
     from their place on."""
     for sae in saes.values():
         check_autoencoder(sae)
-    batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
-    before = {
-        name: sae.origin.layer - (sae.origin.site != "resid_post") for name, sae in saes.items()
-    }  # unchanged by splicing
-    saes = {
-        name: sae if sae.W_enc.device == lm.device else copy.deepcopy(sae).to(lm.device)
-        for name, sae in saes.items()
-    }
+    places = {name: place_of(sae) for name, sae in saes.items()}
+    saes = {name: on_device(sae, lm.device) for name, sae in saes.items()}
     rise = torch.full((len(saes), len(tokens), tokens.ids.shape[1] - 1), torch.nan)
-    for start in tqdm(
-        range(0, len(tokens), batch_rows), desc="splicing", unit="batch", mininterval=1
-    ):
-        ids = lm.check_ids(tokens.ids[start : start + batch_rows])
-        keep = ~lm.is_special(ids)
-        counted = keep[:, :-1] & keep[:, 1:]
-        target = ids[:, 1:][counted]
-
-        def losses(ids=ids, counted=counted, target=target) -> torch.Tensor:
-            return F.cross_entropy(
-                lm.model(ids, use_cache=False).logits[:, :-1][counted].float(),
-                target,
-                reduction="none",
-            )
-
-        with record_blocks(lm, [known for known in before.values() if known >= 0]) as blocks:
-            own = losses()
+    for batch, log_p in Splicer(lm, tokens, places.values(), batch_rows=batch_rows):
+        own, counted = batch.losses(log_p), batch.counted.cpu()
         for number, (name, sae) in enumerate(saes.items()):
-
-            def replace(value: torch.Tensor, sae=sae, keep=keep) -> torch.Tensor:
-                x_hat = sae(value[keep].to(sae.W_enc.dtype))
-                return value.index_put((keep,), x_hat.to(value))
-
-            with (
-                splice(lm, sae.origin.site, sae.origin.layer, replace),
-                resume_after(lm, before[name], blocks.get(before[name])),
-            ):
-                rise[number, start : start + batch_rows][counted.cpu()] = (losses() - own).cpu()
+            reconstruct = partial(_reconstruct, sae)
+            losses = batch.losses(batch.spliced(*places[name], reconstruct))
+            rise[number, batch.rows][counted] = (losses - own).cpu()
     return Rises(list(saes), rise)
+
+
+def _reconstruct(sae: SAE, x: torch.Tensor) -> torch.Tensor:
+    return sae(x.to(sae.W_enc.dtype))
 
 
 def octaves(length: int) -> list[tuple[int, int]]:
