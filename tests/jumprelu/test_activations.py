@@ -330,7 +330,7 @@ def test_nan_is_not_stored(tmp_path):
         match="shard-00001.safetensors would hold NaN or infinity in 1 of 5 rows, first row 2",
     ):
         activations_from_tensor(x, tmp_path, shard_rows=5)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["index.json", "shard-00000.safetensors"]
+    assert [p.name for p in tmp_path.glob("*shard*")] == ["shard-00000.safetensors"]
     with pytest.raises(ValueError, match="1 of 2 shards: its harvest was interrupted"):
         open_activations(tmp_path)
 

@@ -25,16 +25,16 @@ def test_a_batch_predicts_as_a_whole_pass_with_a_splice_does(family, site, layer
     keep = (IDS > 2) & (torch.arange(10) >= start)
     counted = keep[:, :-1] & (IDS[:, 1:] > 2)
 
-    def halve(value):
-        return torch.where(keep[..., None], value / 2, value)
+    def flipped(value):
+        return torch.where(keep[..., None], value.flip(-1), value)
 
-    with splice(lm, site, layer, halve):
+    with splice(lm, site, layer, flipped):
         whole = lm.model(IDS).logits[:, :-1][counted].log_softmax(-1)
     own = lm.model(IDS).logits[:, :-1][counted].log_softmax(-1)
     batches = list(Splicer(lm, TOKENS, [(site, layer)], start, batch_rows=2))
     assert [len(batch.ids) for batch, _ in batches] == [2, 2, 1]
     torch.testing.assert_close(torch.cat([log_p for _, log_p in batches]), own)
-    spliced = torch.cat([batch.spliced(site, layer, lambda x: x / 2) for batch, _ in batches])
+    spliced = torch.cat([batch.spliced(site, layer, lambda x: x.flip(-1)) for batch, _ in batches])
     torch.testing.assert_close(spliced, whole)
     assert not torch.allclose(spliced, own, atol=1e-4)
     target = torch.cat([batch.target for batch, _ in batches])

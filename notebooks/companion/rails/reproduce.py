@@ -21,12 +21,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jumprelu.files import cache_root
+from jumprelu.files import cache_root, locked
 
 from .costs import expected_seconds, keep_cost, record_costs
 from .display import Display, facts_table
 from .figures import ROOT
-from .locks import locked
 from .profiles import DEFAULT_PROFILE, check_profile, find_notebooks
 from .publish import publish, renew_ledger
 from .running import Cost, Failed, base_of, facts_of, read_stamp, run_notebook, up_to_date
