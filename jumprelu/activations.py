@@ -153,7 +153,8 @@ class Activations:
         """
         if batch_size < 1 or start < 0 or bucket_rows < 1:
             raise ValueError(
-                f"batch_size {batch_size}, start {start}, bucket_rows {bucket_rows}: expected at least 1, 0 and 1"
+                f"batch_size {batch_size}, start {start}, bucket_rows {bucket_rows}: expected at "
+                "least 1, 0 and 1"
             )
         return Batches(self, batch_size, seed, start, bucket_rows, pinned)
 
@@ -216,7 +217,8 @@ class Activations:
             suspect = not torch.isfinite(tensors["activations"].sum(dtype=torch.float32))
             if suspect and (bad := ~torch.isfinite(tensors["activations"]).all(dim=-1)).any():
                 raise ValueError(
-                    f"{path} holds NaN or infinity in {_count(bad)}. Harvest again into another folder, from a "
+                    f"{path} holds NaN or infinity in {_count(bad)}. Harvest again into another "
+                    "folder, from a "
                     "model that gives finite activations, or with dtype='float32'"
                 )
             self._checked.add(name)
@@ -318,7 +320,8 @@ def open_activations(folder: str | Path) -> Activations:
             raise ValueError(_damaged(folder / name))
     if len(index["shards"]) < index["n_shards"]:
         raise ValueError(
-            f"{folder} has {len(index['shards'])} of {index['n_shards']} shards: its harvest was interrupted. "
+            f"{folder} has {len(index['shards'])} of {index['n_shards']} shards: its harvest was "
+            "interrupted. "
             "Call jumprelu.harvest again with the same arguments: it goes on where it stopped"
         )
     return Activations(folder, index)
@@ -326,8 +329,10 @@ def open_activations(folder: str | Path) -> Activations:
 
 def _damaged(path: Path) -> str:
     return (
-        f"{path} is missing, truncated or altered: its size or SHA-256 is not the one in {INDEX}. Delete the file and call "
-        "jumprelu.harvest again with the same arguments: it makes this shard again and keeps the others"
+        f"{path} is missing, truncated or altered: its size or SHA-256 is not the one in {INDEX}. "
+        "Delete the file and call "
+        "jumprelu.harvest again with the same arguments: it makes this shard again and keeps the "
+        "others"
     )
 
 
@@ -381,7 +386,8 @@ def start_store(
                 if there.get(key) != request.get(key)
             ]
             raise ValueError(
-                f"{folder} holds other activations: {'; '.join(differ)}. Choose another folder, or delete this one"
+                f"{folder} holds other activations: {'; '.join(differ)}. Choose another folder, "
+                "or delete this one"
             )
         for checksum in (False, True):
             index["shards"] = {
@@ -422,7 +428,8 @@ def add_shard(folder: Path, index: dict[str, Any], number: int, shard: Shard) ->
     bad = ~torch.isfinite(activations).all(dim=-1)
     if bad.any():
         raise ValueError(
-            f"{folder / shard_name(number)} would hold NaN or infinity in {_count(bad)}: it was not written"
+            f"{folder / shard_name(number)} would hold NaN or infinity in {_count(bad)}: it was "
+            "not written"
         )
     whole = {
         name: getattr(shard, name).to(torch.int32, copy=True)
@@ -490,6 +497,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         found = index.get("format") if isinstance(index, dict) else type(index).__name__
         raise ValueError(
-            f"{folder / INDEX} has format {found!r}, this version reads {FORMAT}: harvest into another folder"
+            f"{folder / INDEX} has format {found!r}, this version reads {FORMAT}: harvest into "
+            "another folder"
         )
     return index

@@ -185,7 +185,7 @@ def installed_texts(split: str) -> datasets.Dataset:
         gen_kwargs={"files": tuple(files)},
         cache_dir=str(folder),
         fingerprint=f"installed-{key}",
-    )  # a list of files would be read as shards, one generator each, and duplicates across them be missed
+    )  # given as a list, the files would be shards, and duplicates across them missed
     rows = [i for i, row_split in enumerate(whole["split"]) if row_split == split]
     return whole.select(rows)
 
@@ -231,7 +231,8 @@ def load_texts(
         or path.suffix in {".jsonl", ".parquet", ".txt", ".json"}
     ):
         raise FileNotFoundError(
-            f"no such file or folder: {source}. Expected text, JSONL or Parquet, or a hub dataset's id"
+            f"no such file or folder: {source}. Expected text, JSONL or Parquet, or a hub "
+            "dataset's id"
         )
     import datasets
 
@@ -332,6 +333,7 @@ def tokenize(
     progress.close()
     if not rows:
         raise ValueError(
-            f"no document has {width} tokens: choose a context_size below {context_size} or longer documents"
+            f"no document has {width} tokens: choose a context_size below {context_size} or "
+            "longer documents"
         )
     return Tokens(torch.tensor(rows[:max_rows]), torch.tensor(document[:max_rows]))

@@ -147,7 +147,8 @@ class LM:
         longest = getattr(self.config, "max_position_embeddings", None)
         if longest is not None and ids.shape[1] > longest:
             raise ValueError(
-                f"rows of {ids.shape[1]} tokens, {self.name} reads at most {longest}: tokenize with a smaller "
+                f"rows of {ids.shape[1]} tokens, {self.name} reads at most {longest}: tokenize "
+                "with a smaller "
                 "context_size"
             )
         return ids.to(self.device, torch.long)
@@ -193,8 +194,10 @@ def load_lm(
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(
-            f"the weights in {folder} lack {len(missing)} tensors of a {type(model).__name__}, first {missing[0]}: "
-            "they belong to another config.json, or the copy is incomplete; copy or download the folder again"
+            f"the weights in {folder} lack {len(missing)} tensors of a {type(model).__name__}, "
+            f"first {missing[0]}: "
+            "they belong to another config.json, or the copy is incomplete; copy or download the "
+            "folder again"
         )
     has_tokenizer = any((folder / file).exists() for file in TOKENIZER_FILES)
     tokenizer = (
@@ -221,7 +224,8 @@ def _find(name: str | Path | None) -> tuple[str, Path]:
         or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
     ):
         raise FileNotFoundError(
-            f"no model folder at {str(name)!r}. Expected a folder with config.json and model.safetensors, "
+            f"no model folder at {str(name)!r}. Expected a folder with config.json and "
+            "model.safetensors, "
             "a hub id such as google/gemma-2-2b, or None for the embedded model"
         )
     from huggingface_hub import snapshot_download
@@ -251,12 +255,14 @@ def _check_folder(folder: Path) -> None:
 
     if not (folder / "config.json").exists():
         raise FileNotFoundError(
-            f"{folder} has no config.json: expected a folder written by `save_pretrained` or `hf download`"
+            f"{folder} has no config.json: expected a folder written by `save_pretrained` or `hf "
+            "download`"
         )
     config = read_json(folder / "config.json")
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(
-            f"{folder} brings its own Python code (auto_map in config.json), which is never run: refused. Choose a "
+            f"{folder} brings its own Python code (auto_map in config.json), which is never run: "
+            "refused. Choose a "
             "model that transformers has a class for"
         )
     for path in weight_files(folder):
@@ -266,12 +272,14 @@ def _check_folder(folder: Path) -> None:
             )
             if pickles:
                 raise ValueError(
-                    f"{folder} holds its weights as pickles ({pickles[0]}), which can run any code when read: "
+                    f"{folder} holds its weights as pickles ({pickles[0]}), which can run any "
+                    "code when read: "
                     "refused. Choose a copy with model.safetensors, or convert it with "
                     "`model.save_pretrained(folder)` where you trust it"
                 )
             raise FileNotFoundError(
-                f"{folder} lacks {path.name}: the download or copy is incomplete. `hf download` of the "
+                f"{folder} lacks {path.name}: the download or copy is incomplete. `hf download` "
+                "of the "
                 "model goes on where it stopped"
             )
         try:
@@ -279,7 +287,8 @@ def _check_folder(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is truncated or not safetensors ({error}): delete it, and copy or download it "
+                f"{path} is truncated or not safetensors ({error}): delete it, and copy or "
+                "download it "
                 "again"
             ) from error
 
@@ -333,7 +342,8 @@ def _explain(error: BaseException, name: str, kind: str) -> OSError | None:
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
     download = f"`hf download {name}{' --repo-type dataset' if kind == 'dataset' else ''}`"
     without = (
-        f"Without network: {download} on a machine that has one, and either copy the cache (HF_HOME) here and set "
+        f"Without network: {download} on a machine that has one, and either copy the cache "
+        "(HF_HOME) here and set "
         "HF_HUB_OFFLINE=1, or give the path of a local folder instead of the id"
     )
 
@@ -349,8 +359,10 @@ def _explain(error: BaseException, name: str, kind: str) -> OSError | None:
         named("DatasetNotFound") and "gated" in str(link) for link in links
     ):
         return PermissionError(
-            f"the {kind} {name} is gated: its authors ask for an agreement first. Accept the licence at "
-            f"{page}, then log in with `hf auth login` (or set HF_TOKEN), using a token that may read gated "
+            f"the {kind} {name} is gated: its authors ask for an agreement first. Accept the "
+            "licence at "
+            f"{page}, then log in with `hf auth login` (or set HF_TOKEN), using a token that may "
+            "read gated "
             "repositories"
         )
     if first(errors.DisabledRepoError):
@@ -361,39 +373,45 @@ def _explain(error: BaseException, name: str, kind: str) -> OSError | None:
         return FileNotFoundError(f"the {kind} {name} has no such revision: see {page}")
     if first(errors.RepositoryNotFoundError) or named("DatasetNotFound"):
         return FileNotFoundError(
-            f"no {kind} {name} on the hub, or a private one that this login may not see: check the spelling "
+            f"no {kind} {name} on the hub, or a private one that this login may not see: check "
+            "the spelling "
             f"at {page}; if it is private, log in with `hf auth login`"
         )
     if status in (401, 403):
         return PermissionError(
-            f"the hub refused the login for the {kind} {name} (HTTP {status}): the token is wrong, expired or "
-            "may not read this. Log in again with `hf auth login`, or unset HF_TOKEN if it holds an old one"
+            f"the hub refused the login for the {kind} {name} (HTTP {status}): the token is "
+            "wrong, expired or "
+            "may not read this. Log in again with `hf auth login`, or unset HF_TOKEN if it holds "
+            "an old one"
         )
     if first(errors.OfflineModeIsEnabled) or (
         first(errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE
     ):
         return ConnectionError(
-            f"HF_HUB_OFFLINE=1 is set and the {kind} {name} is not, or not wholly, in the cache: unset it and "
+            f"HF_HUB_OFFLINE=1 is set and the {kind} {name} is not, or not wholly, in the cache: "
+            "unset it and "
             f"run {download} once. {without}"
         )
     if first(errors.RemoteEntryNotFoundError) or status == 404:
         return FileNotFoundError(f"the {kind} {name} lacks a file that is needed: see {page}")
     if status is not None:
         return ConnectionError(
-            f"the hub answered HTTP {status} for the {kind} {name}: wait a little and run again. {without}"
+            f"the hub answered HTTP {status} for the {kind} {name}: wait a little and run again. "
+            f"{without}"
         )
     if any("Consistency check failed" in str(link) for link in links) or any(
         map(named, _INTERRUPTED)
     ):
         return ConnectionError(
-            f"the download of the {kind} {name} was interrupted: run again, it goes on where it stopped. "
-            + without
+            f"the download of the {kind} {name} was interrupted: run again, it goes on where it "
+            "stopped. " + without
         )
     if first(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) or any(
         type(link).__module__.split(".")[0] in _HTTP_CLIENTS for link in links
     ):
         return ConnectionError(
-            f"the hub could not be reached for the {kind} {name}: check the network and its proxy settings "
+            f"the hub could not be reached for the {kind} {name}: check the network and its proxy "
+            "settings "
             f"(HTTPS_PROXY), then run again. {without}"
         )
     return None

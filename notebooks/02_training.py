@@ -115,7 +115,7 @@ save_figure("02", plots.training, log)
 # **What is computed.** In every logged batch: the share of pre-activations in that window, the
 # share of latents with at least one, how far log θ has moved, and the mean absolute gradient of θ
 # from each term of the loss. If sparsity pushed very much harder than reconstruction resists, θ
-# would just move at its learning rate and λ would no longer steer L0; the trainer warns of that.
+# would just move at its learning rate and λ would no longer steer L0.
 
 # %%
 seen = log[

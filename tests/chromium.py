@@ -1,7 +1,7 @@
 """Find a Chromium for the browser tests, or fetch one that needs neither root nor a package manager
 of the system.
 
-    python tests/chromium.py        says which one the tests will use; fetches one with npm where there is none
+    python tests/chromium.py    says which one the tests will use; fetches one with npm where there is none
 
 What is fetched is the headless build of the npm package @sparticuz/chromium (x86-64 Linux), in one
 version, checked by its hash. It brings its libraries and a font, so that a bare machine will do.
@@ -28,7 +28,8 @@ NAMES = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chro
 PACKAGE = "@sparticuz/chromium@147.0.0"
 SHA512 = "4ZKeAQQa8up2mt675qSitztLdbQrlf8BKdC5naeap+5Mv1OV1OlJdPoU+EJC/p5sQUJUQmN4r+q5+EhaaOUHpQ=="
 FONTS = (
-    '<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd"><fontconfig><dir prefix="relative">fonts</dir>'
+    '<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd"><fontconfig><dir '
+    'prefix="relative">fonts</dir>'
     "<cachedir>{}</cachedir></fontconfig>"
 )
 UNPACK = (
@@ -97,7 +98,8 @@ def main() -> int:
             fetch()
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
         print(
-            f"no Chromium, the browser tests will be skipped: {error}. Install one (Debian: apt-get install chromium), or set "
+            f"no Chromium, the browser tests will be skipped: {error}. Install one (Debian: "
+            "apt-get install chromium), or set "
             "CHROMIUM to its path",
             file=sys.stderr,
         )

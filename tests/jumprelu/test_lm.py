@@ -248,7 +248,8 @@ for name in sys.argv[1:]:
             load_texts(name[8:], "test")
         else:
             lm = load_lm(name, device="cpu")
-            print(json.dumps([name, "LM", lm.name, sorted(path.name for path in lm.folder.iterdir())]))
+            files = sorted(path.name for path in lm.folder.iterdir())
+            print(json.dumps([name, "LM", lm.name, files]))
     except Exception as error:
         print(json.dumps([name, type(error).__name__, str(error), traceback.format_exc()]))
 """
