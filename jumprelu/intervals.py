@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,6 +87,8 @@ class Interval(NamedTuple):
 
 def _reach(degrees: int, level: float, comparisons: int = 1) -> float:
     """Standard errors from the middle of a t-interval to its ends."""
+    from scipy import stats  # a second of import time
+
     return float(stats.t.ppf(1 - (1 - level) / 2 / comparisons, degrees))
 
 
@@ -122,6 +123,8 @@ def share_interval(count: int, n: int) -> Interval:
     """
     if n < 1:
         raise ValueError(f"a share of {n} has no interval: give at least 1")
+    from scipy import stats  # a second of import time
+
     found = stats.binomtest(count, n)
     low, high = found.proportion_ci(0.95, method="exact")
     return Interval(found.statistic, float(low), float(high))

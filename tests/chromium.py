@@ -1,7 +1,7 @@
 """Find a Chromium for the browser tests, or fetch one that needs neither root nor a package manager
 of the system.
 
-    python tests/chromium.py    says which one the tests will use; fetches one with npm where there is none
+    python tests/chromium.py    says which one is used; fetches one with npm if there is none
 
 What is fetched is the headless build of the npm package @sparticuz/chromium (x86-64 Linux), in one
 version, checked by its hash. It brings its libraries and a font, so that a bare machine will do.
