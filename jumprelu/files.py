@@ -84,7 +84,7 @@ def locked(folder: str | Path, waiting: str = "") -> Iterator[None]:
     except ImportError:
         yield
         return
-    with open(folder / ".lock", "w") as file:
+    with open(folder / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
