@@ -62,14 +62,14 @@ def locked_versions(root: Path) -> dict[str, str]:
 
 
 def data_files() -> dict[str, str]:
-    """Hash of every file of library and companion that is not code: the shipped model, pages, the
-    style sheet."""
+    """Hash of every file that results depend on and that is not code: the shipped model, pages of
+    latents, the style sheet. `headlines.yaml` is only read when README is written."""
     hashes = {}
     for folder in (SUBJECT.parent, Path(__file__).parents[1]):
         files = sorted(
             path
             for path in folder.rglob("*")
-            if path.is_file() and path.suffix not in {".py", ".pyc"}
+            if path.is_file() and path.suffix not in {".py", ".pyc", ".yaml"}
         )
         hashes |= {
             f"{folder.name}/{path.relative_to(folder).as_posix()}": sha256(path)[:16]
