@@ -65,8 +65,8 @@ test: setup ## lint, unit tests with coverage, and the notebooks whose results a
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile $(MARKED) --cov
 	@$(RUN) -m companion.rails.checks
 
-test-notebooks: setup ## run every notebook and compare each output with the committed one (up to an hour)
-	@$(RUN) -m companion.rails.checks --all
+test-notebooks: setup ## run every notebook and compare each output with the committed one (MINUTES=n: begin none later)
+	@$(RUN) -m companion.rails.checks --all $(if $(MINUTES),--minutes $(MINUTES))
 
 lm: setup ## train the embedded language model from scratch (about an hour on 2 cores)
 	$(RUN) -m companion.subject.train_lm

@@ -161,7 +161,7 @@ def test_ci_runs_the_test_command_of_readme_and_every_notebook(root):
     assert os.access(root / ".ci/run", os.X_OK)
     assert re.findall(r"^make .*", script, re.MULTILINE) == [
         "make test </dev/null",
-        "make test-notebooks </dev/null",
+        "make test-notebooks MINUTES=45 </dev/null",
     ]
 
 

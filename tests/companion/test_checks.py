@@ -63,7 +63,16 @@ def test_a_changed_output_fails_and_all_are_run_if_asked(project, capfd):
     write(project, "02_third", "print('same')", "other\n")
     assert checks.main(["--all"], project) == 1
     printed = capfd.readouterr().out
-    assert "1 failed, 2 passed" in printed and "02_third" in printed
+    assert printed.count("1 passed") == 2 and "1 failed" in printed and "02_third" in printed
+
+
+def test_no_notebook_is_begun_after_the_time_is_up(project, capfd):
+    write(project, "01_second", "1 / 0", "never run")
+    assert checks.main(["--all", "--minutes", "1e-9"], project) == 0
+    printed = capfd.readouterr().out
+    assert (
+        "notebooks left out: 00_first, 01_second, 02_third" in printed and "passed" not in printed
+    )
 
 
 @pytest.mark.parametrize("filled", [False, True])

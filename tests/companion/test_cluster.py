@@ -71,7 +71,7 @@ def bytes_of(folder):
     return {
         path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in (folder / "results").rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != ".lock"
     }
 
 

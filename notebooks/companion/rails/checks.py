@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -70,15 +71,34 @@ def run_nbval(root: Path, notebooks: Sequence[Notebook], cache: Path | None = No
     return subprocess.run(command, cwd=root, env=os.environ | changed).returncode == 0
 
 
+def run_all(root: Path, notebooks: Sequence[Notebook], seconds: float) -> bool:
+    """Run notebooks under nbval one by one, and begin none after `seconds`; what is left out then
+    is printed. True if all outputs of those that ran are the committed ones."""
+    began, succeeded = time.monotonic(), True
+    for number, notebook in enumerate(notebooks):
+        if time.monotonic() - began > seconds:
+            left = ", ".join(each.name for each in notebooks[number:])
+            print(f"out of time ({seconds / 60:g} minutes), notebooks left out: {left}", flush=True)
+            break
+        succeeded = run_nbval(root, [notebook]) and succeeded
+    return succeeded
+
+
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     """The command line; returns the exit status: 0, or 1 if an output differs or a cell fails."""
     purpose = "Run committed notebooks and compare their outputs."
     parser = argparse.ArgumentParser(prog="python -m companion.rails.checks", description=purpose)
-    parser.add_argument("--all", action="store_true", help="all notebooks, however long they take")
+    parser.add_argument("--all", action="store_true", help="all notebooks, one after the other")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="with --all: begin no further notebook after so long, and say which are left out",
+    )
     given = parser.parse_args(arguments)
     notebooks = find_notebooks(root)
     if given.all:
-        return 0 if run_nbval(root, notebooks) else 1
+        return 0 if run_all(root, notebooks, 60 * given.minutes) else 1
     changed = check_profile(root, DEFAULT_PROFILE)
     current = {
         notebook
