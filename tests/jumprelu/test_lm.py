@@ -62,7 +62,7 @@ def test_dtype_is_float32_on_a_cpu_unless_asked(tmp_path):
 
 
 def test_the_embedded_model_or_the_way_to_make_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(lm_module, "__file__", str(tmp_path / "lm.py"))
+    monkeypatch.setattr(lm_module, "SUBJECT", tmp_path / "lm")
     with pytest.raises(FileNotFoundError, match="`make lm` trains it"):
         load_lm()
     tiny_model("gemma2").to(torch.bfloat16).save_pretrained(tmp_path / "lm")

@@ -34,6 +34,7 @@ from jumprelu.files import SUBJECT, cache_root, digest, read_json, sha256, write
 
 from .closure import source_closure
 from .environment import DEFAULT_THREADS, environment, kernel_environment
+from .figures import ROOT
 from .profiles import DEFAULT_PROFILE, Notebook
 
 Report = Callable[[str], None]
@@ -164,6 +165,8 @@ def scrub(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         )
         for output in cell.get("outputs", []):
             output.pop("transient", None)
+            if output.get("name") == "stderr":  # a warning names the file that it comes from
+                output["text"] = output["text"].replace(f"{ROOT}{os.sep}", "")
         cells.append(cell)
     return nbformat.from_dict(
         {"cells": cells, "metadata": kept, "nbformat": 4, "nbformat_minor": 5}
