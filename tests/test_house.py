@@ -131,11 +131,16 @@ def test_the_library_does_not_speak_of_the_companion(root):
 
 
 def test_importing_the_library_is_light():
+    """Seconds of the processor, the best of three: other tests may be running."""
     code = (
-        "import time, sys, torch\nt = time.perf_counter()\nimport jumprelu\n"
-        f"print(time.perf_counter() - t, *[name for name in {HEAVY!r} if name in sys.modules])"
+        "import time, sys, torch\nt = time.process_time()\nimport jumprelu\n"
+        f"print(time.process_time() - t, *[name for name in {HEAVY!r} if name in sys.modules])"
     )
-    took, *loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert loaded == [] and float(took) < 1.5
+    took = []
+    for _ in range(3):
+        seconds, *loaded = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+        assert loaded == []
+        took.append(float(seconds))
+    assert min(took) < 1.5, took
