@@ -26,6 +26,16 @@ def test_a_metric_at_an_l0():
     assert frontier.at_l0(one, np.array([1.0, 100.0])).tolist() == pytest.approx([0.4, 0.1])
 
 
+def test_a_run_in_which_nothing_fires_is_no_point_of_the_curve():
+    collapsed = runs("a", [0, 1, 100], [1.0, 0.4, 0.1])
+    assert frontier.at_l0(collapsed, 10.0, bend=-0.1) == frontier.at_l0(
+        collapsed[1:], 10.0, bend=-0.1
+    )
+    assert math.isnan(frontier.at_l0(collapsed, 0.5))
+    assert math.isnan(frontier.at_l0(collapsed[:1], 10.0))
+    assert np.isnan(frontier.at_l0(collapsed[:1], np.array([1.0, 2.0]))).all()
+
+
 def test_a_known_bend_makes_up_for_missing_points():
     """Two curves a constant factor apart, of which one has fewer points: chords get it wrong, the
     bend of a third does not."""

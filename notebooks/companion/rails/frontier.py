@@ -51,9 +51,12 @@ def at_l0(
     """A metric of a frontier at an L0, between its points; NaN outside of them, and next to a value
     that is not positive.
 
-    Its logarithm is linear in log L0 but for `bend` · (log L0)².
+    Its logarithm is linear in log L0 but for `bend` · (log L0)². A collapsed run, in which nothing
+    fires, has no place on the curve: it is left out.
     """
-    ordered = frontier.sort_values("l0")
+    ordered = frontier[frontier.l0 > 0].sort_values("l0")
+    if ordered.empty:
+        return np.full_like(l0, np.nan, dtype=float) if np.ndim(l0) else float("nan")
     known, wanted = np.log(ordered.l0.to_numpy(float)), np.log(l0)
     values = ordered[metric].to_numpy(float)
     values = np.log(np.where(values > 0, values, np.nan)) - bend * known**2
