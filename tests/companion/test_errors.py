@@ -5,63 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from companion.dark.errors import breakdown, linear_controls, predict_scalar, regress_errors
+from decompositions import D_IN, direct, generator, sae_with_errors, store_of_documents, whole
 
 from jumprelu.activations import activations_from_tensor
 from jumprelu.dark.darkmatter import TokenNorms, decompose, nonlinear_error, split, stream
 from jumprelu.intervals import bootstrap
-from jumprelu.sae import SAE
-
-D_IN, DOCUMENTS, OF_EACH = 6, 40, 50
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def direct(x, y, bias=True):
-    """Least squares on all rows at once, by a QR decomposition."""
-    ones = torch.ones(len(x), 1, dtype=torch.float64)
-    solution = torch.linalg.lstsq(
-        torch.cat([x, ones], 1) if bias else x, y, driver="gelsd"
-    ).solution
-    return (
-        (solution[:-1], solution[-1])
-        if bias
-        else (solution, torch.zeros(y.shape[1], dtype=torch.float64))
-    )
-
-
-# ---- documents and decompositions
 
 
 @pytest.fixture(scope="module")
 def acts(tmp_path_factory):
-    g = generator(8)
-    x = torch.randn(DOCUMENTS * OF_EACH, D_IN, generator=g) @ torch.randn(D_IN, D_IN, generator=g)
-    document = torch.arange(DOCUMENTS).repeat_interleave(OF_EACH) * 3 + 11
-    x += (
-        torch.randn(DOCUMENTS, D_IN, generator=g).repeat_interleave(OF_EACH, 0) + 2
-    )  # documents differ
-    return activations_from_tensor(
-        x, tmp_path_factory.mktemp("acts") / "store", document, shard_rows=333
-    )
+    return store_of_documents(tmp_path_factory.mktemp("acts"))
 
 
 @pytest.fixture(scope="module")
 def sae():
-    g = generator(2)
-    atoms = torch.randn(16, D_IN, generator=g)
-    atoms /= atoms.norm(dim=-1, keepdim=True)
-    return SAE(
-        atoms.T * 0.7, torch.zeros(16), atoms, torch.full((D_IN,), 0.3), torch.full((16,), 0.4)
-    )
-
-
-def whole(acts):
-    shards = list(acts.shards())
-    return torch.cat([shard.activations for shard in shards]), torch.cat(
-        [shard.document for shard in shards]
-    )
+    return sae_with_errors()
 
 
 def test_breakdown_of_a_known_law():
