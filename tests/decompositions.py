@@ -1,4 +1,4 @@
-"""Activations of known documents, an SAE with errors, and least squares taken on all rows at once."""
+"""Activations of known documents, an SAE with errors, and least squares on all rows at once."""
 
 from __future__ import annotations
 
