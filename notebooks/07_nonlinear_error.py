@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 from companion.dark import darkparts, darkstudy, synthetic
 from companion.dark.plots import nonlinear as plots
-from companion.rails import study
+from companion.rails import rule_explainer, study
 from companion.rails.by_seed import settings
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
@@ -39,7 +39,6 @@ from companion.rails.stores import harvest_places
 import jumprelu as jr
 from jumprelu.dark import darkmatter
 from jumprelu.intervals import Interval, mean_interval
-from jumprelu.latents import interp
 
 # %% tags=["parameters"]
 model: str = ""  # empty: the embedded model; otherwise a hub id or a folder
@@ -154,7 +153,7 @@ for run in first.runs:
             (part, seed, "purity", found.purity.mean()),
             (part, seed, "purity by chance", found.chance.mean()),
         ]
-said = remember(interp.study, on_parts, lm, error_tokens[:explained_rows], count=explained)
+said = remember(rule_explainer.study, on_parts, lm, error_tokens[:explained_rows], count=explained)
 said[["part", "seed"]] = said.sae.str.split(" ", expand=True)
 for (part, seed), latents in said.groupby(["part", "seed"], sort=False):
     known = latents.dropna(subset="correlation")

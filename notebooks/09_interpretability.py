@@ -25,7 +25,7 @@
 
 import pandas as pd
 import torch
-from companion.rails import study
+from companion.rails import rule_explainer, study
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import figures_folder, save_figure, show_facts
@@ -104,7 +104,7 @@ runs.table[["architecture", "seed", "l0", "fvu", "delta_loss"]].round(3)
 # explanation is the list of rules. Some:
 
 # %% tags=["nbval-ignore-output"]
-scored = remember(interp.study, saes, lm, read_tokens, count=latents)
+scored = remember(rule_explainer.study, saes, lm, read_tokens, count=latents)
 shown = scored[scored.sae == main].sort_values("correlation", ascending=False)
 examples = shown.iloc[:: max(1, len(shown) // 8)][
     ["latent", "frequency", "correlation", "detection", "explanation"]
@@ -131,7 +131,7 @@ examples.style.format(precision=3).hide().set_properties(
 # %%
 baselines, owners = interpstudy.baselines(runs, main, lm, train_tokens, site, layer, storage)
 baseline_scores = remember(
-    interp.study, baselines, lm, read_tokens, lms=owners, count=seeds * latents
+    rule_explainer.study, baselines, lm, read_tokens, lms=owners, count=seeds * latents
 )
 table = interpstudy.with_settings(pd.concat([scored, baseline_scores], ignore_index=True), runs)
 summary = summaries.summary(
@@ -460,7 +460,7 @@ ledger("09", claims)[["id", "claim", "value", "low", "high", "verdict"]]
 # absorption asks (I5). That frequent latents are the harder to explain the sparser the SAE is
 # cannot be told from noise (I4).
 #
-# Not done here: a language model as explainer (`jumprelu.latents.explain_llm` takes any that
+# Not done here: a language model as explainer (`jumprelu.latents.explain` takes any that
 # answers a prompt), and ratings by people.
 #
 # ## Facts

@@ -29,7 +29,7 @@ from ..lm import LM
 from ..sae import SAE
 from .choosing import EMPTY, Choice, uniform
 from .contexts import Contexts, collect_many, frequencies
-from .explain import LEVELS, Explainer, Explanation, RuleExplainer, Windows
+from .explain import LEVELS, Explainer, Explanation, Windows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -195,11 +195,9 @@ def sample_latents(
     frequency: torch.Tensor,
     count: int,
     edges: Sequence[float] = EDGES,
-    least: float = 0.0,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """At most `count` latents, as many as there are from each band of frequency in turn. Those with
-    at most `least` do not count.
+    """At most `count` latents that fire, as many as there are from each band of frequency in turn.
 
     Returns columns latent (ascending), band (0 the rarest) and weight: how many latents of its band
     each stands for.
@@ -215,7 +213,7 @@ def sample_latents(
             "key": uniform(seed, 9, np.arange(len(frequency))),
         }
     )
-    alive = alive[frequency > least].sort_values("key", kind="stable")
+    alive = alive[frequency > 0].sort_values("key", kind="stable")
     turn = alive.groupby("band").cumcount()
     chosen = alive.assign(turn=turn).sort_values(["turn", "band"], kind="stable").head(count)
     weight = chosen.band.map(alive.band.value_counts() / chosen.band.value_counts())
@@ -228,7 +226,7 @@ def study(
     saes: dict[str, SAE],
     lm: LM,
     tokens: Tokens | torch.Tensor,
-    explainer: Explainer | None = None,
+    explainer: Explainer,
     lms: dict[str, LM] | None = None,
     count: int = 100,
     edges: Sequence[float] = EDGES,
@@ -238,10 +236,9 @@ def study(
     """Explain latents of several SAEs and score the explanations on held-out documents.
 
     saes: by name; each remembers its site and layer. lms: by name of an SAE, another model that it
-    belongs to, with the same tokenizer. explainer: by default the rules of
-    :class:`jumprelu.latents.explain.RuleExplainer`. count: latents of each SAE, drawn from bands of
-    frequency (:func:`sample_latents`). tokens: text that no SAE was trained on; half of its
-    documents are for explaining, half for scoring (:func:`split_documents`).
+    belongs to, with the same tokenizer. count: latents of each SAE, drawn from bands of frequency
+    (:func:`sample_latents`). tokens: text that no SAE was trained on; half of its documents are for
+    explaining, half for scoring (:func:`split_documents`).
 
     Returns a row a latent: sae, latent, frequency, band, weight, l0 (of the SAE), the fields of
     :class:`Score`, the scores of another latent's explanation on the same windows
@@ -255,7 +252,6 @@ def study(
     import pandas as pd
 
     tokens = as_tokens(tokens)
-    explainer = explainer or RuleExplainer(lm.tokenizer)
     training, held_out = split_documents(tokens.document, seed)
     tables = []
     groups: dict[int, list[str]] = {}

@@ -117,7 +117,7 @@ def write_pages(
             "explanation": [one.text for one in said],
             "peak": _peaks(contexts, tokens),
         },
-        "vocabulary": ["", *token_texts(lm, known)],
+        "vocabulary": ["", *token_texts(lm.tokenizer, known)],
     }
     later = {f"block-{i}": pack(block) for i, block in enumerate(blocks)}
     write_text(out, page("pages", title, first, later))

@@ -182,7 +182,7 @@ def write_study(
         "acts": shades(acts, acts.clamp_min(0).flatten(1).amax(1)),
         "quantile": quantile.clamp(-2, 1).numpy().astype(np.int8),  # which bin is not told
     }
-    words, packed = ["", *token_texts(lm, known)], pack(arrays)
+    words, packed = ["", *token_texts(lm.tokenizer, known)], pack(arrays)
     names, models = list(saes), list(saes.values())
     prints = {place: models[place].fingerprint for place in contexts}
     sources = []

@@ -108,21 +108,20 @@ def shades(acts: torch.Tensor, maximum: torch.Tensor) -> np.ndarray:
     return (acts.clamp_min(0) / scale * 255).ceil().clamp_max(255).to(torch.uint8).numpy()
 
 
-def token_texts(lm: LM, ids: torch.Tensor) -> list[str]:
-    """The text of each id in `ids` [v], as it stands behind another token; `#id` without a
-    tokenizer.
+def token_texts(tokenizer: Any, ids: torch.Tensor) -> list[str]:
+    """The text of each id in `ids` [v], as it stands behind another token, because some tokenizers
+    drop a leading space; `#id` without a tokenizer.
 
-    A token of part of a character gives U+FFFD. Decoded behind another one, because some tokenizers
-    drop a leading space.
+    A token of part of a character gives U+FFFD.
     """
-    if lm.tokenizer is None:
+    if tokenizer is None:
         return [f"#{id}" for id in ids.tolist()]
     if not len(ids):
         return []
-    anchor = next(id for id in range(lm.config.vocab_size) if lm.tokenizer.decode([id]).isalnum())
+    anchor = next(id for id in range(len(tokenizer)) if tokenizer.decode([id]).isalnum())
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    before = lm.tokenizer.decode([anchor], **options)
-    texts = lm.tokenizer.batch_decode([[anchor, id] for id in ids.tolist()], **options)
+    before = tokenizer.decode([anchor], **options)
+    texts = tokenizer.batch_decode([[anchor, id] for id in ids.tolist()], **options)
     return [text.removeprefix(before) for text in texts]
 
 

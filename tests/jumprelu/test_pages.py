@@ -155,13 +155,16 @@ def test_the_vocabulary_has_each_token_once():
 
 def test_tokens_keep_their_space():
     lm, byte = tiny_lm(), tiny_tokenizer()
-    assert webpage.token_texts(lm, torch.tensor([5, 9])) == ["#5", "#9"]
+    assert webpage.token_texts(lm.tokenizer, torch.tensor([5, 9])) == ["#5", "#9"]
     ids = byte(" a<", add_special_tokens=False)["input_ids"]
     object.__setattr__(lm, "tokenizer", byte)
-    assert webpage.token_texts(lm, torch.tensor(ids)) == [" ", "a", "<"]
+    assert webpage.token_texts(lm.tokenizer, torch.tensor(ids)) == [" ", "a", "<"]
     half = byte("é", add_special_tokens=False)["input_ids"][:1]
-    assert webpage.token_texts(lm, torch.tensor([2, *half])) == ["<bos>", "\ufffd"]
-    assert webpage.token_texts(hostile_lm(), torch.arange(FIRST, FIRST + len(HOSTILE))) == HOSTILE
+    assert webpage.token_texts(lm.tokenizer, torch.tensor([2, *half])) == ["<bos>", "\ufffd"]
+    assert (
+        webpage.token_texts(hostile_lm().tokenizer, torch.arange(FIRST, FIRST + len(HOSTILE)))
+        == HOSTILE
+    )
 
 
 # ---- the page
@@ -178,7 +181,7 @@ def test_the_file_holds_the_contexts(tmp_path, monkeypatch):
         json.loads(block(html, id)) for id in ("about", "latents", "vocabulary")
     )
     assert latents["peak"][39] == [] and words[latents["peak"][5][0]] in {
-        *webpage.token_texts(lm, contexts.tokens[5, 0][contexts.acts[5, 0] == 6])
+        *webpage.token_texts(lm.tokenizer, contexts.tokens[5, 0][contexts.acts[5, 0] == 6])
     }
     assert (
         about["title"] == "</title>%%script%%" and "<title>&lt;/title&gt;%%script%%</title>" in html
@@ -195,7 +198,10 @@ def test_the_file_holds_the_contexts(tmp_path, monkeypatch):
     arrays = {name: np.concatenate([part[name] for part in whole]) for name in whole[0]}
     wanted = [
         [
-            [("" if t < 0 else webpage.token_texts(lm, torch.tensor([t]))[0]) for t in line]
+            [
+                ("" if t < 0 else webpage.token_texts(lm.tokenizer, torch.tensor([t]))[0])
+                for t in line
+            ]
             for line in lines
         ]
         for lines in contexts.tokens[:4].tolist()
@@ -210,7 +216,7 @@ def test_the_file_holds_the_contexts(tmp_path, monkeypatch):
         assert np.array_equal(arrays[name], getattr(contexts, name))
     assert np.array_equal(arrays["where"][..., 2], contexts.position)
     effects = logit_effects(lm, sae, contexts.latents)
-    assert [words[t] for t in arrays["top"][3]] == webpage.token_texts(lm, effects.top[3])
+    assert [words[t] for t in arrays["top"][3]] == webpage.token_texts(lm.tokenizer, effects.top[3])
 
 
 def test_the_file_asks_for_nothing_and_runs_nothing_of_the_corpus(tmp_path):
