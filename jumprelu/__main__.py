@@ -4,7 +4,9 @@
     python -m jumprelu train acts --set d_sae=16384 --set sparsity=1e-3 --out sae
     torchrun --nproc-per-node 8 -m jumprelu train acts --config c.yaml --latents 4 --out sae
     python -m jumprelu evaluate sae --model MODEL --corpus CORPUS
-    python -m jumprelu {convert,pages,rate} --help
+    python -m jumprelu pages sae MODEL page.html
+    python -m jumprelu convert sae there --to saelens
+    python -m jumprelu rate {make,score} --help
 
 harvest and train, interrupted, go on where they stopped when the same command is given again; train
 on any number of processes, and by itself with torchrun's --max-restarts.
@@ -13,22 +15,33 @@ on any number of processes, and by itself with torchrun's --max-restarts.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .corpus import Tokens
-    from .lm import LM
-    from .recipe import TrainConfig
+import torch
+
+from .activations import INDEX, open_activations
+from .corpus import Tokens, load_texts, tokenize
+from .distributed import start
+from .exchange.convert import convert
+from .exchange.formats import FORMATS
+from .exchange.loading import load_sae
+from .harvest import harvest
+from .latents import pages, rating, verdicts
+from .latents.contexts import collect
+from .lm import LM, load_lm
+from .metrics import evaluate
+from .recipe import TrainConfig
+from .train import train
 
 # ---- harvest and evaluate
 
 
 def add_text(parser: argparse.ArgumentParser, split: str, rows: int) -> None:
-    """The arguments that say which model reads which tokens."""
-    parser.add_argument("--model", help="a folder, or a hub id; default: the shipped model")
+    """The options that say which tokens are read, and where."""
     parser.add_argument(
         "--corpus",
         default="installed",
@@ -45,10 +58,11 @@ def add_text(parser: argparse.ArgumentParser, split: str, rows: int) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
 
 
-def read_text(given: argparse.Namespace) -> tuple[LM, Tokens]:
-    from .corpus import load_texts, tokenize
-    from .lm import load_lm
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a folder, or a hub id; default: the shipped model")
 
+
+def read_text(given: argparse.Namespace) -> tuple[LM, Tokens]:
     lm = load_lm(given.model, given.device)
     if lm.tokenizer is None:
         raise ValueError(
@@ -60,6 +74,7 @@ def read_text(given: argparse.Namespace) -> tuple[LM, Tokens]:
 
 
 def add_harvest(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
     add_text(parser, "train", 10_000)
     parser.add_argument(
         "--site", default="resid_post", help="resid_post, mlp_out, attn_out … (default: resid_post)"
@@ -72,8 +87,6 @@ def add_harvest(parser: argparse.ArgumentParser) -> None:
 
 
 def harvest_text(given: argparse.Namespace) -> str:
-    from .harvest import harvest
-
     lm, tokens = read_text(given)
     acts = harvest(lm, tokens, given.site, layer=given.layer, out=given.out, dtype=given.dtype)
     return f"{acts}\nwritten to {given.out}"
@@ -81,15 +94,13 @@ def harvest_text(given: argparse.Namespace) -> str:
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sae", help="folder or file of an SAE, of any known format")
+    add_model(parser)
     add_text(parser, "validation", 500)
     parser.add_argument("--site", help="default: where the SAE was trained")
     parser.add_argument("--layer", type=int, help="default: where the SAE was trained")
 
 
 def evaluate_sae(given: argparse.Namespace) -> str:
-    from .exchange.loading import load_sae
-    from .metrics import evaluate
-
     sae = load_sae(given.sae)
     lm, tokens = read_text(given)
     return str(evaluate(sae, lm, tokens, given.site, given.layer))
@@ -133,10 +144,6 @@ def read_config(path: Path | None, changes: list[str]) -> TrainConfig:
     Raises ValueError for an unknown field, a value of another type, or one that TrainConfig
     refuses; FileNotFoundError where there is no file.
     """
-    import dataclasses
-
-    from .recipe import TrainConfig
-
     values = parse_yaml(path.read_text(encoding="utf-8"), str(path)) if path else {}
     if values is not None and not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected fields: name: value")
@@ -186,10 +193,6 @@ def check_type(name: str, value: Any, annotation: str) -> Any:
 
 
 def train_sae(given: argparse.Namespace) -> str | None:
-    from .activations import INDEX, open_activations
-    from .distributed import start
-    from .train import train
-
     config = read_config(given.config, given.changes)
     team = start(given.latents, given.device)
     try:
@@ -205,10 +208,109 @@ def train_sae(given: argparse.Namespace) -> str | None:
         team.close()
 
 
+# ---- convert, pages and rate
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="folder of an SAE")
+    parser.add_argument("target", metavar="DST", help="folder to write, new or empty")
+    written = [name for name, each in FORMATS.items() if each.write]
+    parser.add_argument(
+        "--to", required=True, metavar="FORMAT", choices=written, help="one of %(choices)s"
+    )
+    parser.add_argument(
+        "--from",
+        dest="format",
+        metavar="FORMAT",
+        choices=list(FORMATS),
+        help="one of %(choices)s; recognised from the files by default",
+    )
+
+
+def convert_sae(given: argparse.Namespace) -> str:
+    return "\n".join(convert(given.source, given.target, given.to, given.format))
+
+
+def add_pages(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sae", help="folder or file of an SAE, of any known format")
+    parser.add_argument("model", help="jumprelu-lm (the shipped one), a folder, or a hub id")
+    parser.add_argument("out", type=Path, help="the HTML file to write")
+    add_text(parser, "validation", 2000)
+    parser.add_argument("--latents", type=int, nargs="+", metavar="N", help="only these latents")
+    columns = "columns latent, explanation, score"
+    parser.add_argument("--explanations", type=Path, metavar="CSV", help=columns)
+    parser.add_argument("--title", help="by default what the SAE says of itself")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="for the choice of contexts (default: %(default)s)"
+    )
+
+
+def make_pages(given: argparse.Namespace) -> str:
+    sae = load_sae(given.sae)
+    explanations = pages.read_explanations(given.explanations) if given.explanations else {}
+    lm, tokens = read_text(given)
+    latents = None if given.latents is None else torch.tensor(given.latents)
+    contexts = collect(lm, sae, tokens, latents=latents, **pages.SHOWN, seed=given.seed)
+    path = pages.write_pages(given.out, sae, lm, contexts, explanations, given.title)
+    return f"{path}: {len(contexts.latents)} latents, {path.stat().st_size / 1e6:.1f} MB"
+
+
+def add_rate(parser: argparse.ArgumentParser) -> None:
+    ways = parser.add_subparsers(dest="way", required=True, metavar="WAY")
+    make = ways.add_parser("make", help="write a page for the raters and a sealed key")
+    make.add_argument("out", type=Path, help="folder for the page and the key")
+    make.add_argument("saes", nargs="+", metavar="SAE", help="folders of SAEs")
+    make.add_argument(
+        "--per-stratum", type=int, default=5, help="latents of each (default: %(default)s)"
+    )
+    make.add_argument(
+        "--targets",
+        type=float,
+        nargs="+",
+        default=list(rating.TARGETS),
+        metavar="L0",
+        help="L0 targets (default: %(default)s)",
+    )
+    make.add_argument("--seed", type=int, help="for draw and order; default: a secret one")
+    make.add_argument("--title", default=rating.TITLE, help="of the page; must not tell the source")
+    add_model(make)
+    add_text(make, "validation", 2000)
+    score = ways.add_parser("score", help="open the key and count")
+    score.add_argument("key", type=Path, help="key-ID.json")
+    score.add_argument("csv", nargs="+", type=Path, help="what the raters exported")
+    score.add_argument(
+        "--by",
+        nargs="+",
+        default=["architecture"],
+        choices=verdicts.GROUPS,
+        help="what to count by (default: architecture)",
+    )
+    score.add_argument("--partial", action="store_true", help="accept raters who left items out")
+    score.add_argument(
+        "--out", type=Path, metavar="CSV", help="write every item with its source and ratings"
+    )
+
+
+def rate_latents(given: argparse.Namespace) -> str:
+    if given.way == "score":
+        key = verdicts.read_key(given.key)
+        found = verdicts.score(key, given.csv, given.by, given.partial)
+        if given.out:
+            found.write(given.out)
+        return found.report()
+    lm, tokens = read_text(given)
+    saes = {str(folder): load_sae(folder) for folder in given.saes}
+    if len(saes) < len(given.saes):
+        raise ValueError("an SAE is given twice: name each folder once")
+    options = given.per_stratum, given.targets, given.seed, given.title
+    study = rating.make(given.out, lm, saes, tokens, *options)
+    return f"{study.page}: for the raters\n{study.key}: keep it closed until all ratings are in"
+
+
 # ---- the door
 
 
-OWN = {
+COMMANDS = {
     "harvest": (add_harvest, harvest_text, "store a language model's activations"),
     "train": (add_train, train_sae, "train an SAE on stored activations"),
     "evaluate": (
@@ -216,47 +318,25 @@ OWN = {
         evaluate_sae,
         "sparsity, fidelity and cost of an SAE on held-out text",
     ),
+    "pages": (add_pages, make_pages, "one HTML file to look at the latents of an SAE"),
+    "rate": (add_rate, rate_latents, "a blind manual study of latents: make the page, score it"),
+    "convert": (add_convert, convert_sae, "an SAE from one library's files to another's"),
 }
-ELSEWHERE = {
-    "pages": "one HTML file to look at the latents of an SAE",
-    "rate": "a blind manual study of latents: make the page, and score it",
-    "convert": "an SAE from one library's files to another's",
-}
-
-
-def delegate(command: str, arguments: list[str]) -> int:
-    """The command line of a module that has its own."""
-    if command == "convert":
-        from .exchange.convert import main
-
-        return main(arguments)
-    from .exchange.loading import load_sae
-
-    if command == "pages":
-        from .latents.pages import main
-    else:
-        from .latents.rating import main
-    return main(arguments, load_sae)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 for an error, which is one line on stderr."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in ELSEWHERE:
-        return delegate(arguments[0], arguments[1:])
     parser = argparse.ArgumentParser(
         "python -m jumprelu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (add_arguments, _, purpose) in OWN.items():
+    for name, (add_arguments, _, purpose) in COMMANDS.items():
         add_arguments(commands.add_parser(name, help=purpose, description=purpose))
-    for name, purpose in ELSEWHERE.items():
-        commands.add_parser(name, help=purpose, add_help=False)
     given = parser.parse_args(arguments)
     try:
-        done = OWN[given.command][1](given)
+        done = COMMANDS[given.command][1](given)
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

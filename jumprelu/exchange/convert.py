@@ -10,17 +10,15 @@ Notable here:
 
 from __future__ import annotations
 
-import argparse
 import math
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
 from ..sae import SAE
-from .formats import FORMATS, examine, write
+from .formats import examine, write
 
 TOLERANCE = 1e-4
 """Largest relative difference of a copy that counts as rounding."""
@@ -108,34 +106,3 @@ def convert(
         f"largest relative difference, read back: encode {found['encode']:.1e}, "
         f"decode {found['decode']:.1e}",
     ]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m jumprelu convert`; returns the exit status: 0, or 2 for an error, which is one
-    line on stderr."""
-    purpose = "Convert a sparse autoencoder between the files of libraries."
-    parser = argparse.ArgumentParser(prog="python -m jumprelu convert", description=purpose)
-    parser.add_argument("source", metavar="SRC", help="folder of an SAE")
-    parser.add_argument("target", metavar="DST", help="folder to write, new or empty")
-    parser.add_argument(
-        "--to",
-        required=True,
-        metavar="FORMAT",
-        choices=[name for name, each in FORMATS.items() if each.write],
-        help="one of %(choices)s",
-    )
-    parser.add_argument(
-        "--from",
-        dest="format",
-        metavar="FORMAT",
-        choices=list(FORMATS),
-        help="one of %(choices)s; recognised from the files by default",
-    )
-    given = parser.parse_args(arguments)
-    try:
-        lines = convert(given.source, given.target, given.to, given.format)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(lines))
-    return 0

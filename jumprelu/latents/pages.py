@@ -13,10 +13,8 @@ Notable here:
 
 from __future__ import annotations
 
-import argparse
 import csv
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,17 +22,15 @@ import numpy as np
 import torch
 
 from ..files import write_text
-from ..lm import EMBEDDED, LM
+from ..lm import LM
 from ..sae import SAE
-from .contexts import Contexts, collect
+from .contexts import Contexts
 from .directions import Effects, Near, logit_effects, nearest
 from .webpage import (
-    add_text_options,
     layout,
     narrow,
     pack,
     page,
-    read_text,
     shades,
     token_texts,
     vocabulary,
@@ -199,9 +195,6 @@ def _column(values: torch.Tensor) -> list[float | None]:
     return [_number(value) for value in values.detach().tolist()]
 
 
-# ---- command line
-
-
 def read_explanations(path: str | Path) -> dict[int, Explanation]:
     """Explanations from a CSV with the columns latent, explanation and, if there are scores, score
     (may be empty).
@@ -230,34 +223,3 @@ def read_explanations(path: str | Path) -> dict[int, Explanation]:
                 raise ValueError(f"{path}, row {line}: latent {number} is there twice")
             found[number] = Explanation(row["explanation"], score)
     return found
-
-
-def main(arguments: list[str] | None = None, load: Callable[[str | Path], SAE] = SAE.load) -> int:
-    """The command line; returns the exit status: 0, or 2 for an error. load: reads an SAE."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jumprelu pages",
-        description="Make one self-contained HTML file to look at the latents of an SAE.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("sae", help="folder of an SAE")
-    add("lm", help=f"the language model: {EMBEDDED}, a folder, or a hub id")
-    add("out", type=Path, help="the HTML file to write")
-    add_text_options(parser)
-    add("--latents", type=int, nargs="+", metavar="N", help="only these latents")
-    add("--explanations", type=Path, metavar="CSV", help="columns latent, explanation, score")
-    add("--title", help="by default what the SAE says of itself")
-    add("--seed", type=int, default=0, help="for the choice of contexts")
-    given = parser.parse_args(arguments)
-    try:
-        sae = load(given.sae)
-        explanations = read_explanations(given.explanations) if given.explanations else {}
-        lm, tokens = read_text(given)
-        latents = None if given.latents is None else torch.tensor(given.latents)
-        contexts = collect(lm, sae, tokens, latents=latents, **SHOWN, seed=given.seed)
-        path = write_pages(given.out, sae, lm, contexts, explanations, given.title)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{path}: {len(contexts.latents)} latents, {path.stat().st_size / 1e6:.1f} MB")
-    return 0

@@ -4,25 +4,17 @@ the manual study.)
     python -m jumprelu rate make FOLDER SAE [SAE …]     a page for raters, and a key for nobody
     python -m jumprelu rate score KEY CSV [CSV …]       the key, opened, and what was said
 
-Notable here:
-- latents are drawn evenly over strata of architecture, site, layer and L0, among those that fire,
-  and shuffled.
 - the page holds contexts, with activations as shares of the latent's maximum, and salted item ids.
   Thresholds, frequencies, histograms and scales stay out: they would tell the architecture. What
   the items are is in the key file alone.
-- the study's id is a digest of key and page data, and every row of a rater's CSV carries it and a
-  running checksum: a changed key or CSV is refused. The checksum finds accidents and idle edits;
-  who reads the page's script can forge it.
-- intervals are over latents, by the median rating of each (the lower one of two): several ratings
-  of one latent are not independent draws.
+- every row of a rater's CSV carries the study's id and a running checksum. It finds accidents and
+  idle edits; who reads the page's script can forge it.
 """
 
 from __future__ import annotations
 
-import argparse
 import secrets
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,22 +23,13 @@ import torch
 
 from ..corpus import Tokens
 from ..files import digest, sha256, write_json, write_text
-from ..lm import EMBEDDED, LM
+from ..lm import LM
 from ..sae import SAE
+from ..splicing import place_of
 from .choosing import Choice
 from .contexts import Contexts, collect_many, frequencies
-from .verdicts import FORMAT, GROUPS, read_key, score, study_id
-from .webpage import (
-    add_text_options,
-    layout,
-    narrow,
-    pack,
-    page,
-    read_text,
-    shades,
-    token_texts,
-    vocabulary,
-)
+from .verdicts import FORMAT, study_id
+from .webpage import layout, narrow, pack, page, shades, token_texts, vocabulary
 
 TARGETS = (20.0, 75.0, 150.0)
 """L0 of the paper's study. An SAE belongs to the target nearest to its own L0 in ratio."""
@@ -97,15 +80,10 @@ def draw(
     generator = torch.Generator().manual_seed(seed)
     waiting: dict[tuple[str, str, int, float], list[list[Item]]] = {}
     for number, (sae, own) in enumerate(zip(saes, frequency, strict=True)):
-        architecture, site, layer = sae.origin.architecture, sae.origin.site, sae.origin.layer
-        if site is None or layer is None:
-            raise ValueError(
-                f"SAE number {number + 1} does not say at which site and layer it was trained, "
-                "which its stratum needs"
-            )
         l0 = float(own.sum())
         ratios = np.abs(np.log(max(l0, 1e-9) / np.asarray(targets)))
-        stratum = architecture, site, layer, float(targets[int(ratios.argmin())])
+        target = float(targets[int(ratios.argmin())])
+        stratum = (sae.origin.architecture, *place_of(sae), target)
         alive = (own > 0).nonzero().flatten()
         alive = alive[torch.randperm(len(alive), generator=generator)][:per_stratum]
         drawn = [Item(number, latent, *stratum, l0) for latent in alive.tolist()]
@@ -141,13 +119,10 @@ def make(
     seed = secrets.randbits(48) if seed is None else seed
     models = list(saes.values())
     items = draw(models, frequencies(lm, models, tokens), per_stratum, seed, targets)
-    drawn = [
-        torch.tensor(sorted(item.latent for item in items if item.sae == number))
-        for number in range(len(models))
-    ]
-    used = [number for number, own in enumerate(drawn) if len(own)]
+    used = sorted({item.sae for item in items})
+    drawn = [torch.tensor(sorted(i.latent for i in items if i.sae == number)) for number in used]
     found = collect_many(
-        lm, [models[n] for n in used], tokens, latents=[drawn[n] for n in used], choice=SHOWN
+        lm, [models[number] for number in used], tokens, latents=drawn, choice=SHOWN
     )
     return write_study(out, lm, saes, items, dict(zip(used, found, strict=True)), seed, title)
 
@@ -169,13 +144,11 @@ def write_study(
     tests give one.
     """
     salt = salt or secrets.token_hex(16)
-    parts: dict[str, list[torch.Tensor]] = {"tokens": [], "acts": [], "quantile": []}
-    for item in items:
-        own = contexts[item.sae]
-        at = own.latents.tolist().index(item.latent)
-        for name, part in parts.items():
-            part.append(getattr(own, name)[at])
-    ids, acts, quantile = (torch.stack(part) for part in parts.values())
+    owned = [(contexts[item.sae], item.latent) for item in items]
+    at = [(own, own.latents.tolist().index(latent)) for own, latent in owned]
+    ids = torch.stack([own.tokens[place] for own, place in at])
+    acts = torch.stack([own.acts[place] for own, place in at])
+    quantile = torch.stack([own.quantile[place] for own, place in at])
     known, (tokens,) = vocabulary(ids)
     arrays = {
         "tokens": narrow(tokens),
@@ -187,12 +160,10 @@ def write_study(
     prints = {place: models[place].fingerprint for place in contexts}
     sources = []
     for item in items:
-        id, own = digest(salt, prints[item.sae], item.latent)[:12], item._asdict()
-        own |= {"sae": names[item.sae]}
-        sources.append({"item": id, "fingerprint": prints[item.sae], **own})
+        source = {"item": digest(salt, prints[item.sae], item.latent)[:12]}
+        source |= {"fingerprint": prints[item.sae], **item._asdict(), "sae": names[item.sae]}
+        sources.append(source)
     shown = [source["item"] for source in sources]
-    if len(set(shown)) < len(shown):
-        raise ValueError("a latent is among the items twice: give each one once")
     data = digest(shown, words, packed)
     key = {"format": FORMAT, "salt": salt, "seed": seed, "digest": data, "items": sources}
     study = study_id(key)
@@ -215,54 +186,3 @@ def write_study(
     seal = {"note": note, "study": study, "page_sha256": sha256(paths.page)}
     write_json(paths.key, seal | key)
     return paths
-
-
-# ---- command line
-
-
-def main(arguments: list[str] | None = None, load: Callable[[str | Path], SAE] = SAE.load) -> int:
-    """The command line; returns the exit status: 0, or 2 for an error. load: reads an SAE."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jumprelu rate", description="A blind manual study of latents."
-    )
-    ways = parser.add_subparsers(dest="way", required=True)
-    defaults = argparse.ArgumentDefaultsHelpFormatter
-    maker = ways.add_parser(
-        "make", help="write a page for the raters and a sealed key", formatter_class=defaults
-    )
-    add = maker.add_argument
-    add("out", type=Path, help="folder for the page and the key")
-    add("saes", nargs="+", metavar="SAE", help="folders of SAEs")
-    add("--per-stratum", type=int, default=5, help="latents of each stratum")
-    add("--targets", type=float, nargs="+", default=list(TARGETS), metavar="L0", help="L0 targets")
-    add("--seed", type=int, help="for draw and order; by default a secret one")
-    add("--title", default=TITLE, help="title of the page; must not tell the source")
-    add("--lm", default=EMBEDDED, help="the language model: a folder or a hub id")
-    add_text_options(maker)
-    scorer = ways.add_parser("score", help="open the key and count", formatter_class=defaults)
-    add = scorer.add_argument
-    add("key", type=Path, help="key-ID.json")
-    add("csv", nargs="+", type=Path, help="what the raters exported")
-    add("--by", nargs="+", default=["architecture"], choices=GROUPS, help="what to count by")
-    add("--partial", action="store_true", help="accept raters who left items out")
-    add("--out", type=Path, metavar="CSV", help="write every item with its source and ratings")
-    given = parser.parse_args(arguments)
-    try:
-        if given.way == "make":
-            lm, tokens = read_text(given)
-            saes = {str(folder): load(folder) for folder in given.saes}
-            if len(saes) < len(given.saes):
-                raise ValueError("an SAE is given twice: name each folder once")
-            options = given.per_stratum, given.targets, given.seed, given.title
-            study = make(given.out, lm, saes, tokens, *options)
-            print(f"{study.page}: for the raters")
-            print(f"{study.key}: keep it closed until all ratings are in")
-        else:
-            found = score(read_key(given.key), given.csv, given.by, given.partial)
-            if given.out:
-                found.write(given.out)
-            print(found.report())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

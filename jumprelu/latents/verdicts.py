@@ -1,23 +1,20 @@
 """What raters said of a blind study: their CSV files checked, the key opened, counts, intervals and
 agreement.
 
-Notable here:
-- a file is taken whole or refused with its name and line; nothing is repaired.
-- a study's id is a digest of what its key says, so a key that was edited fits no rating.
+- a file is taken whole or refused with its name and line; nothing is repaired. A running checksum
+  in every row finds what was changed, moved, left out or added.
 - spreadsheets take a cell that begins with = + - @ for a formula. Such cells carry an apostrophe in
   front, here and in the raters' files (OWASP, "CSV Injection"); so does a cell that begins with an
   apostrophe, so that reading takes one away for sure.
-- agreement is Krippendorff's alpha = 1 − D_o/D_e, from the matrix of coincidences (Krippendorff,
-  "Computing Krippendorff's Alpha-Reliability", 2011, sections A to D).
+- agreement is Krippendorff's alpha = 1 − D_o/D_e for ranks, from the matrix of coincidences
+  (Krippendorff, "Computing Krippendorff's Alpha-Reliability", 2011, sections A to D).
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import zlib
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,13 +27,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 1
+KEY = ("format", "salt", "seed", "digest", "items")
 RATINGS = ("NO", "MAYBE", "YES")
 """From least to most interpretable."""
 COLUMNS = ("study", "item", "rating", "explanation", "rater", "time", "checksum")
 GROUPS = ("architecture", "site", "layer", "target", "sae")
 """What counts can be taken by."""
-LEVELS = ("nominal", "ordinal")
-"""How alpha takes ratings: as names, or as ranks."""
 ACTIVE = tuple("=+-@＝＋－＠'\t\r")
 """What a guarded cell does not begin with."""
 
@@ -58,9 +54,9 @@ class Scored(NamedTuple):
     rater's rating and explanation."""
     shares: pd.DataFrame
     """Columns of the groups, then rating, count, n (latents), share, low, high (exact 95 %
-    interval)."""
-    alpha: dict[str, float]
-    """Krippendorff's alpha by LEVELS; NaN with one rater, or where all say the same."""
+    interval). Over latents, by their verdicts: several ratings of one are not independent draws."""
+    alpha: float
+    """Krippendorff's; NaN with one rater, or where all say the same."""
     raters: tuple[str, ...]
 
     def write(self, path: str | Path) -> None:
@@ -72,63 +68,41 @@ class Scored(NamedTuple):
     def report(self) -> str:
         """Counts and agreement as a text."""
         shares = self.shares.to_string(index=False, float_format="{:.3f}".format)
-        lines = [
-            f"{len(self.items)} items, {len(self.raters)} raters. "
-            "Latents by the median of their ratings:",
-            shares,
-            "",
-        ]
-        for level, value in self.alpha.items():
-            said = "not defined for these ratings" if np.isnan(value) else f"{value:.3f}"
-            lines.append(f"Krippendorff's alpha, {level}: {said}")
-        return "\n".join(lines)
+        alpha = "not defined for these ratings" if np.isnan(self.alpha) else f"{self.alpha:.3f}"
+        return (
+            f"{len(self.items)} items, {len(self.raters)} raters. Latents by the median of their "
+            f"ratings:\n{shares}\n\nKrippendorff's alpha: {alpha}"
+        )
 
 
-# ---- the key
+# ---- the key, and raters' files
 
 
 def study_id(key: dict[str, Any]) -> str:
     """Id of the study that `key` belongs to, 16 hex digits: a digest of everything in it that
-    matters."""
-    return digest(*(key[name] for name in ("format", "salt", "seed", "digest", "items")))
+    matters, so that a key that was edited fits no rating."""
+    return digest(*(key[name] for name in KEY))
 
 
 def read_key(path: str | Path) -> dict[str, Any]:
     """The key of a study. Raises FileNotFoundError for no such file, ValueError for one that is
     none or was changed."""
     key = read_json(path)
-    needed = {"format", "salt", "seed", "digest", "items", "study"}
-    if not isinstance(key, dict) or not needed <= set(key):
+    if not isinstance(key, dict) or not {*KEY, "study"} <= set(key) or key["format"] != FORMAT:
         raise ValueError(
-            f"{path} is not the key of a study: expected a JSON object with "
-            f"{', '.join(sorted(needed))}"
+            f"{path} is not the key of a study: expected an object of {', '.join(KEY)} and study, "
+            f"format {FORMAT}"
         )
-    if key["format"] != FORMAT:
-        raise ValueError(f"{path} has format {key['format']!r}, this version reads {FORMAT}")
     if study_id(key) != key["study"]:
         raise ValueError(
-            f"{path} was changed after the study was made: its content gives the id "
-            f"{study_id(key)}, it says {key['study']}; use the file as it was written"
+            f"{path} was changed after the study was made: use the file as it was written"
         )
     return key
-
-
-# ---- raters' files
 
 
 def guard(text: str) -> str:
     """`text` as a cell that no spreadsheet takes for a formula."""
     return "'" + text if text.startswith(ACTIVE) else text
-
-
-def _unguarded(cell: str) -> str:
-    if cell.startswith("'"):
-        return cell[1:]
-    if cell.startswith(ACTIVE):
-        raise ValueError(
-            f"the cell {cell[:20]!r} begins like a formula, which the page never writes"
-        )
-    return cell
 
 
 def checksum(start: int, fields: Sequence[str]) -> int:
@@ -143,68 +117,32 @@ def read_ratings(path: str | Path, key: dict[str, Any]) -> Ratings:
     Raises FileNotFoundError for no such file, ValueError naming file and line for anything that the
     page would not have written.
     """
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text ({error}): hand in the file as the page exported it"
-        ) from error
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     found, crc = Ratings("", {}, {}), zlib.crc32((key["study"] + key["digest"]).encode())
-    try:
-        header = next(reader, [])
-        if tuple(header) != COLUMNS:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            if tuple(header := next(reader, [])) != COLUMNS:
+                raise ValueError(f"the columns are {header}; expected {', '.join(COLUMNS)}")
+            for cells in reader:
+                if len(cells) != len(COLUMNS):
+                    raise ValueError(f"{len(cells)} cells, expected {len(COLUMNS)}")
+                *fields, given = (cell.removeprefix("'") for cell in cells)
+                study, item, rating, explanation, rater, _ = fields
+                crc = checksum(crc, fields)
+                if study != key["study"]:
+                    raise ValueError(f"it is of study {study!r}, not {key['study']!r}")
+                if given != f"{crc:08x}" or rating not in RATINGS:
+                    raise ValueError("this row or one above was changed, moved, left out or added")
+                found.ratings[item] = rating
+                found.explanations[item] = explanation
+            if not found.ratings:
+                raise ValueError("it holds no rating")
+        except (ValueError, csv.Error) as error:
             raise ValueError(
-                f"the columns are {', '.join(header) or 'none'}; expected {', '.join(COLUMNS)}"
-            )
-        for cells in reader:
-            if len(cells) != len(COLUMNS):
-                raise ValueError(f"{len(cells)} cells, expected {len(COLUMNS)}")
-            fields = [_unguarded(cell) for cell in cells]
-            crc = checksum(crc, fields[:-1])
-            row = dict(zip(COLUMNS, fields, strict=True))
-            if problem := _problem(row, key, found, f"{crc:08x}"):
-                raise ValueError(problem)
-            found = found._replace(rater=row["rater"])
-            found.ratings[row["item"]] = row["rating"]
-            found.explanations[row["item"]] = row["explanation"]
-    except (ValueError, csv.Error) as error:
-        raise ValueError(
-            f"{path}, line {max(1, reader.line_num)}: {error}. Hand in the file as the page "
-            "exported it, not saved from a spreadsheet"
-        ) from error
-    if not found.rater:
-        raise ValueError(f"{path} holds no rating")
-    return found
-
-
-def _problem(row: dict[str, str], key: dict[str, Any], found: Ratings, crc: str) -> str:
-    """Why a row does not belong; "" if it does."""
-    item, rating, rater, time = row["item"], row["rating"], row["rater"], row["time"]
-    ratings, given = ", ".join(RATINGS), row["checksum"]
-    checks = [
-        (row["study"] != key["study"], f"it is of study {row['study']!r}, not {key['study']!r}"),
-        (all(item != known["item"] for known in key["items"]), f"unknown item {item!r}"),
-        (item in found.ratings, f"item {item} is rated a second time"),
-        (rating not in RATINGS, f"the rating is {rating!r}, expected one of {ratings}"),
-        (not rater.strip(), "no rater is named"),
-        (found.rater not in ("", rater), f"the rater is {rater!r}: one file holds one rater"),
-        (not _is_time(time), f"the time is {time!r}, expected one like 2026-01-31T12:00:00.000Z"),
-        (
-            given != crc,
-            f"the checksum is {given!r}, the rows up to here give {crc}: this row or one above was "
-            "changed, moved or left out",
-        ),
-    ]
-    return next((text for wrong, text in checks if wrong), "")
-
-
-def _is_time(text: str) -> bool:
-    try:
-        datetime.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
+                f"{path}, line {max(1, reader.line_num)}: {error}. Hand in the file as the page "
+                "exported it, not saved from a spreadsheet"
+            ) from error
+    return found._replace(rater=rater)
 
 
 # ---- counts and agreement
@@ -226,10 +164,8 @@ def score(
     """
     import pandas as pd
 
-    if unknown := set(by) - set(GROUPS):
-        raise ValueError(
-            f"cannot count by {', '.join(sorted(unknown))}: expected some of {', '.join(GROUPS)}"
-        )
+    if not paths:
+        raise ValueError("no ratings given: expected at least one CSV file")
     files: dict[str, Ratings] = {}
     order = [item["item"] for item in key["items"]]
     for path in paths:
@@ -242,8 +178,6 @@ def score(
                 "allow it with --partial"
             )
         files[own.rater] = own
-    if not files:
-        raise ValueError("no ratings given: expected at least one CSV file")
     ranks = {rating: float(rank) for rank, rating in enumerate(RATINGS)}
     table = np.array(
         [[ranks.get(own.ratings.get(item, ""), np.nan) for item in order] for own in files.values()]
@@ -259,8 +193,7 @@ def score(
             count = int((part.verdict == rating).sum())
             rows.append((*group, rating, count, len(part), *share_interval(count, len(part))))
     shares = pd.DataFrame(rows, columns=[*by, "rating", "count", "n", "share", "low", "high"])
-    alpha = {level: krippendorff_alpha(table, level) for level in LEVELS}
-    return Scored(items, shares, alpha, tuple(files))
+    return Scored(items, shares, krippendorff_alpha(table), tuple(files))
 
 
 def _median(ranks: np.ndarray) -> str:
@@ -268,15 +201,12 @@ def _median(ranks: np.ndarray) -> str:
     return RATINGS[int(np.sort(ranks)[(len(ranks) - 1) // 2])] if len(ranks) else ""
 
 
-def krippendorff_alpha(ratings: np.ndarray, level: str = "nominal") -> float:
-    """Alpha of `ratings`, float [raters, items]; NaN: not rated. For "ordinal", greater numbers are
-    higher ranks. 1 is full agreement, 0 what chance gives. Items with one rating are left out.
+def krippendorff_alpha(ratings: np.ndarray) -> float:
+    """Alpha of `ratings`, float [raters, items], greater numbers for higher ranks; NaN: not rated.
+    1 is full agreement, 0 what chance gives. Items with one rating are left out.
 
-    NaN where it is not defined: no item with two ratings, or one value for all. Raises ValueError
-    for an unknown level.
+    NaN where it is not defined: no item with two ratings, or one value for all.
     """
-    if level not in LEVELS:
-        raise ValueError(f"unknown level {level!r}: expected one of {', '.join(LEVELS)}")
     ratings = np.asarray(ratings, dtype=float)
     values = np.unique(ratings[~np.isnan(ratings)])
     counts = (ratings[:, :, None] == values).sum(0)  # [items, values]
@@ -284,9 +214,8 @@ def krippendorff_alpha(ratings: np.ndarray, level: str = "nominal") -> float:
     weight = 1 / (counts.sum(1) - 1)
     coincidences = (counts * weight[:, None]).T @ counts - np.diag(weight @ counts)
     total = coincidences.sum(1)  # of each value, the ratings that have a partner
-    distance = 1.0 - np.eye(len(total))
-    if level == "ordinal":  # the square of the ratings between two values, both ends counted half
-        middle = np.cumsum(total) - total / 2
-        distance = np.square(middle[:, None] - middle)
+    # of two values, the square of the ratings between them, both ends counted half
+    middle = np.cumsum(total) - total / 2
+    distance = np.square(middle[:, None] - middle)
     expected = (np.outer(total, total) * distance).sum() / (total.sum() - 1) if len(counts) else 0.0
     return float("nan") if expected == 0 else float(1 - (coincidences * distance).sum() / expected)

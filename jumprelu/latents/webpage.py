@@ -13,7 +13,6 @@ The assets are in `assets/`: `<name>.html`, `.css` and `.js`, after `common.css`
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import html
@@ -25,9 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from ..corpus import Tokens, load_texts, tokenize
-from ..lm import LM, load_lm
 
 ASSETS = Path(__file__).with_name("assets")
 
@@ -135,28 +131,3 @@ def _block(id: str, text: str) -> str:
 
 def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-# ---- command lines of pages and of studies
-
-
-def add_text_options(parser: argparse.ArgumentParser) -> None:
-    """Options that say which text to look for contexts in."""
-    add = parser.add_argument
-    add("--rows", type=int, default=2000, help="rows of text to look for contexts in")
-    add("--context-size", type=int, default=128, help="tokens of a row")
-    add("--corpus", default="installed", help="text: see jumprelu.load_texts")
-    add("--split", default="validation", help="its split")
-
-
-def read_text(given: argparse.Namespace) -> tuple[LM, Tokens]:
-    """The model and the rows of text that the options `lm` and :func:`add_text_options` name.
-    Raises ValueError for a model without a tokenizer."""
-    lm = load_lm(given.lm)
-    if lm.tokenizer is None:
-        raise ValueError(
-            f"{given.lm} has no tokenizer, so no text can be read: give a folder with "
-            "tokenizer.json"
-        )
-    texts = load_texts(given.corpus, given.split)
-    return lm, tokenize(texts, lm.tokenizer, given.context_size, given.rows)

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 import jumprelu as jr
+from jumprelu.__main__ import main
 from jumprelu.architectures import Trainee
 from jumprelu.exchange import gemma_scope, peers
-from jumprelu.exchange.convert import convert, difference, main
+from jumprelu.exchange.convert import convert, difference
 from jumprelu.exchange.formats import FORMATS, examine, recognise, write
 from jumprelu.exchange.parts import Parts, fold, kind_of
 from jumprelu.recipe import TrainConfig
@@ -665,6 +666,7 @@ def test_the_command(tmp_path, capsys):
     assert (
         main(
             [
+                "convert",
                 str(tmp_path / "from"),
                 str(tmp_path / "to"),
                 "--to",
@@ -693,7 +695,7 @@ def test_the_command_refuses(tmp_path, capsys):
 
     def refused(*arguments):
         source, target, *options = arguments
-        assert main([str(tmp_path / source), str(tmp_path / target), *options]) == 2
+        assert main(["convert", str(tmp_path / source), str(tmp_path / target), *options]) == 2
         return capsys.readouterr().err
 
     assert "full has something in it" in refused("sae", "full", "--to", "saelens")
@@ -702,7 +704,7 @@ def test_the_command_refuses(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "sae"]
     assert (tmp_path / "full/mine.txt").read_text() == "mine"
     with pytest.raises(SystemExit) as stop:
-        main(["a", "b", "--to", "llama_scope"])
+        main(["convert", "a", "b", "--to", "llama_scope"])
     assert stop.value.code == 2
 
 

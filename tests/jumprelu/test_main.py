@@ -9,7 +9,7 @@ import torch
 from models import D_MODEL, save_tiny
 
 import jumprelu as jr
-from jumprelu.__main__ import ELSEWHERE, OWN, main, read_config
+from jumprelu.__main__ import COMMANDS, main, read_config
 from jumprelu.activations import activations_from_tensor
 from jumprelu.extras import needs
 
@@ -53,9 +53,7 @@ def test_from_text_to_a_report(text, tmp_path, capsys):
     assert (tmp_path / "page.html").stat().st_size > 1000
 
 
-@pytest.mark.parametrize(
-    "command", [[], *[[name] for name in (*OWN, *ELSEWHERE)], ["rate", "make"]]
-)
+@pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS], ["rate", "make"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])

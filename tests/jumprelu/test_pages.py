@@ -15,6 +15,7 @@ import torch
 from latents import FIRST, HOSTILE, hostile_contexts, hostile_lm, made_contexts, random_sae
 from models import D_MODEL, FAMILIES, VOCAB, save_tiny, tiny_lm, tiny_tokenizer
 
+from jumprelu.__main__ import main
 from jumprelu.latents import pages, webpage
 from jumprelu.latents.directions import FINAL_NORMS, final_gain, logit_effects, nearest
 from jumprelu.latents.pages import Explanation, write_pages
@@ -289,8 +290,8 @@ def run(files: Path, *more: str) -> int:
         "--corpus",
         str(files / "texts.jsonl"),
     ]
-    return pages.main(
-        [*arguments, "--split", "train", "--rows", "40", "--context-size", "24", *more]
+    return main(
+        ["pages", *arguments, "--split", "train", "--rows", "40", "--context-size", "24", *more]
     )
 
 
@@ -319,8 +320,9 @@ def test_the_command_line_says_what_is_wrong(files, tmp_path, capsys):
         table.write_text(text)
         assert run(files, "--explanations", str(table)) == 2 and message in capsys.readouterr().err
     assert (
-        pages.main(
+        main(
             [
+                "pages",
                 str(files / "sae"),
                 str(save_tiny("llama", tmp_path / "mute")),
                 str(tmp_path / "o.html"),
@@ -329,5 +331,5 @@ def test_the_command_line_says_what_is_wrong(files, tmp_path, capsys):
         == 2
     )
     assert "has no tokenizer" in capsys.readouterr().err
-    assert pages.main([str(tmp_path / "none"), str(files / "lm"), str(tmp_path / "o.html")]) == 2
-    assert capsys.readouterr().err.startswith("error: no SAE in")
+    assert main(["pages", str(tmp_path / "none"), str(files / "lm"), str(tmp_path / "o.html")]) == 2
+    assert capsys.readouterr().err.startswith("error: no SAE at")

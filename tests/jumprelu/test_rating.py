@@ -18,6 +18,7 @@ import torch
 from latents import hostile_contexts, hostile_lm, random_sae
 from models import D_MODEL, random_ids, save_tiny
 
+from jumprelu.__main__ import main
 from jumprelu.latents import rating, verdicts
 from jumprelu.latents.rating import Item, draw, make, write_study
 from jumprelu.latents.verdicts import (
@@ -41,49 +42,29 @@ def table(text: str) -> np.ndarray:
 
 
 def test_alpha_is_that_of_krippendorffs_examples():
-    # "Computing Krippendorff's Alpha-Reliability" (2011): section A, binary; B, nominal; C, with
-    # missing data
+    # "Computing Krippendorff's Alpha-Reliability" (2011): section A, binary; C, with missing data
     assert krippendorff_alpha(table("0100000010 1110010000")) == pytest.approx(0.095, abs=5e-4)
-    letters = "aabbdcccedda babbbccceddd".translate(str.maketrans("abcde", "12345"))
-    assert krippendorff_alpha(table(letters)) == pytest.approx(0.692, abs=5e-4)
     four = table("123321412... 1233224125.3 .3332342251. 12332441251.")
-    assert krippendorff_alpha(four) == pytest.approx(0.743, abs=5e-4)
-    assert krippendorff_alpha(four, "ordinal") == pytest.approx(0.815, abs=5e-4)
-
-
-def test_alpha_is_that_of_the_example_in_the_encyclopaedia():
-    three = table(".....34121133.3 1.213343....... ..21344.21133.4")
-    assert three.shape == (3, 15) and krippendorff_alpha(three) == pytest.approx(0.691, abs=5e-4)
+    assert krippendorff_alpha(four) == pytest.approx(0.815, abs=5e-4)
 
 
 def test_alpha_by_hand():
+    # of two values, ranks and names are the same:
     # pairs (1,1) (1,2): coincidences 2, 1, 1, 0; n = 3, 1; D_o = 2, D_e = (3·1 + 1·3)/3 = 2
     assert krippendorff_alpha(table("11 12")) == pytest.approx(0.0)
-    # (0,0) (0,1) (2,2): n = 3, 1, 2. Ordinal: δ²(0,1) = (3+1−2)² = 4, δ²(1,2) = (1+2−1.5)² = 2.25,
+    # (0,0) (0,1) (2,2): n = 3, 1, 2. δ²(0,1) = (3+1−2)² = 4, δ²(1,2) = (1+2−1.5)² = 2.25,
     # δ²(0,2) = (6−2.5)² = 12.25 D_o = 2·4, D_e = 2·(3·1·4 + 1·2·2.25 + 3·2·12.25)/5
-    assert krippendorff_alpha(table("002 012"), "ordinal") == pytest.approx(
-        1 - 8 / (2 * (12 + 4.5 + 73.5) / 5)
-    )
-    assert (
-        krippendorff_alpha(table("0121 0121"))
-        == krippendorff_alpha(table("0121 0121"), "ordinal")
-        == 1
-    )
-    assert krippendorff_alpha(table("00.. 1122")) == krippendorff_alpha(
-        table("00 11")
-    )  # single ratings say nothing
+    by_hand = 1 - 8 / (2 * (12 + 4.5 + 73.5) / 5)
+    assert krippendorff_alpha(table("002 012")) == pytest.approx(by_hand)
+    assert krippendorff_alpha(table("0121 0121")) == 1
+    single = table("00.. 1122")  # single ratings say nothing
+    assert krippendorff_alpha(single) == krippendorff_alpha(table("00 11"))
     assert krippendorff_alpha(table("01 10")) < 0
 
 
-def test_alpha_is_unknown_where_nothing_can_differ():
-    assert np.isnan(krippendorff_alpha(table("11 11"))) and np.isnan(
-        krippendorff_alpha(table("012"))
-    )
-    assert np.isnan(krippendorff_alpha(table("0. .1"))) and np.isnan(
-        krippendorff_alpha(table("..."))
-    )
-    with pytest.raises(ValueError, match="expected one of nominal, ordinal"):
-        krippendorff_alpha(table("01 10"), "ratio")
+@pytest.mark.parametrize("ratings", ["11 11", "012", "0. .1", "..."])
+def test_alpha_is_unknown_where_nothing_can_differ(ratings):
+    assert np.isnan(krippendorff_alpha(table(ratings)))
 
 
 # ---- drawing
@@ -122,7 +103,7 @@ def test_a_draw_is_even_over_strata_and_takes_only_latents_that_fire():
         match=r"stratum \('topk', 'mlp_out', 1, 75.0\) has 2 latents that fire, 5 were asked for",
     ):
         draw(saes[3:], [frequency(60, 2)], 5, seed=0)
-    with pytest.raises(ValueError, match="does not say at which site"):
+    with pytest.raises(ValueError, match="does not remember where"):
         draw([random_sae(4, 33, site=None)], frequencies[:1], 1, seed=0)
     with pytest.raises(ValueError, match="at least one SAE"):
         draw([], [], 1, seed=0)
@@ -208,8 +189,6 @@ def test_ids_need_the_salt(study, tmp_path):
         first["items"][0]["item"] != second["items"][0]["item"]
         and first["study"] != second["study"]
     )
-    with pytest.raises(ValueError, match="twice"):
-        write_study(tmp_path, hostile_lm(), saes, items * 2, {0: hostile_contexts()})
 
 
 def test_a_key_that_was_changed_is_refused(study, tmp_path):
@@ -223,7 +202,7 @@ def test_a_key_that_was_changed_is_refused(study, tmp_path):
         ("{}", "is not the key"),
         ("[]", "is not the key"),
         ('{"study', "not valid JSON"),
-        (json.dumps(key | {"format": 9}), "has format 9"),
+        (json.dumps(key | {"format": 9}), "is not the key .* format 1"),
     ]:
         changed.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -289,22 +268,19 @@ def test_a_file_that_does_not_fit_is_refused_with_its_line(study, tmp_path):
     key = read_key(study.key)
     good, other = exported(key, "YMNY"), exported(key, "YMNY", rater="Bob")
     cases = [
-        (changed(good, 3, "rating", "YES"), 3, "the rows up to here give"),
-        (changed(good, 3, "rating", "yes"), 3, "expected one of NO, MAYBE, YES"),
-        (changed(good, 2, "item", "0" * 12), 2, "unknown item"),
-        (changed(good, 4, "item", good[1][1]), 4, "rated a second time"),
+        (changed(good, 3, "rating", "YES"), 3, "changed"),
+        (changed(good, 2, "item", "0" * 12), 2, "changed"),
         (changed(good, 5, "study", "0" * 16), 5, "it is of study '0000000000000000'"),
-        (changed(good, 5, "checksum", "00000000"), 5, "checksum is '00000000'"),
-        (changed(good, 2, "explanation", "added later"), 2, "was changed, moved or left out"),
-        (changed(good, 2, "rater", " "), 2, "no rater is named"),
-        (changed(good, 2, "time", "31.1."), 2, "the time is '31.1.'"),
-        ([*good[:3], other[3]], 4, "one file holds one rater"),
+        (changed(good, 5, "checksum", "00000000"), 5, "changed"),
+        (changed(good, 2, "explanation", "added later"), 2, "was changed, moved, left out"),
+        (changed(good, 2, "time", "31.1."), 2, "changed"),
+        ([*good[:3], other[3]], 4, "changed"),
         ([good[0], good[2], good[1], *good[3:]], 2, "moved"),
         ([good[0], *good[2:]], 2, "left out"),
-        ([*good, good[4]], 6, "a second time"),
+        ([*good, good[4]], 6, "added"),
         ([row[:-1] for row in good], 1, "expected study, item, rating"),
         ([*good[:2], good[2][:-1]], 3, "6 cells, expected 7"),
-        ([], 1, "the columns are none"),
+        ([], 1, "the columns are"),
     ]
     for rows, line, message in cases:
         path = write(tmp_path / "bad.csv", rows)
@@ -315,11 +291,11 @@ def test_a_file_that_does_not_fit_is_refused_with_its_line(study, tmp_path):
 
 def test_a_file_that_is_no_csv_is_refused(study, tmp_path):
     key, path = read_key(study.key), tmp_path / "bad.csv"
-    formula = exported(key, "YMNY", explanations={1: "=1+1"})
-    with pytest.raises(ValueError, match="line 3: the cell '=1.1' begins like a formula"):
-        read_ratings(write(path, formula, guarded=False), key)
+    quoted = exported(key, "YMNY", explanations={1: "'a"})
+    with pytest.raises(ValueError, match="line 3: this row or one above was changed"):
+        read_ratings(write(path, quoted, guarded=False), key)  # a spreadsheet took the guard
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="is not UTF-8"):
+    with pytest.raises(ValueError, match="line 1: .*utf-8"):
         read_ratings(path, key)
     path.write_text(",".join(verdicts.COLUMNS) + '\n"open')
     with pytest.raises(ValueError, match="line 2: unexpected end of data"):
@@ -354,9 +330,7 @@ def test_scores_are_counts_of_median_ratings_with_exact_intervals(study, tmp_pat
     ]
     assert shares.loc[("secret-gated", "YES"), "low"] == pytest.approx(0.025**0.5)
     ranks = table("2201 2102 1202")
-    assert found.alpha == {
-        level: krippendorff_alpha(ranks, level) for level in ("nominal", "ordinal")
-    }
+    assert found.alpha == krippendorff_alpha(ranks)
     assert score(key, paths[:2]).items.verdict.tolist() == [
         "YES",
         "MAYBE",
@@ -364,7 +338,7 @@ def test_scores_are_counts_of_median_ratings_with_exact_intervals(study, tmp_pat
         "MAYBE",
     ]  # the lower of two
     assert len(score(key, paths, by=["site", "target"]).shares) == 3
-    assert "alpha, nominal: 0." in found.report()
+    assert "alpha: 0." in found.report()
     assert "not defined" in score(key, paths[:1]).report()
 
 
@@ -381,8 +355,6 @@ def test_ratings_that_lack_or_come_twice(study, tmp_path):
         score(key, [whole, whole])
     with pytest.raises(ValueError, match="no ratings given"):
         score(key, [])
-    with pytest.raises(ValueError, match="cannot count by colour"):
-        score(key, [whole], by=["colour"])
 
 
 # ---- command line
@@ -397,7 +369,7 @@ def test_a_study_from_the_command_line(tmp_path, capsys):
     texts = [json.dumps({"text": f"def f_{i}(x):\n    return x[{i}]\n" * 3}) for i in range(60)]
     (tmp_path / "t.jsonl").write_text("\n".join(texts))
     options = [
-        "--lm",
+        "--model",
         str(lm),
         "--corpus",
         str(tmp_path / "t.jsonl"),
@@ -408,15 +380,15 @@ def test_a_study_from_the_command_line(tmp_path, capsys):
         "--context-size",
         "24",
     ]
-    arguments = ["make", str(tmp_path / "out"), *map(str, folders), *options]
-    assert rating.main([*arguments, "--per-stratum", "3", "--targets", "5"]) == 0
+    arguments = ["rate", "make", str(tmp_path / "out"), *map(str, folders), *options]
+    assert main([*arguments, "--per-stratum", "3", "--targets", "5"]) == 0
     key_path = next((tmp_path / "out").glob("key-*.json"))
     key = read_key(key_path)
     assert sorted(item["architecture"] for item in key["items"]) == ["gated"] * 3 + ["topk"] * 3
     assert str(key_path) in capsys.readouterr().out
     ratings = write(tmp_path / "a.csv", exported(key, "YYNMYY"))
     assert (
-        rating.main(["score", str(key_path), str(ratings), "--out", str(tmp_path / "items.csv")])
+        main(["rate", "score", str(key_path), str(ratings), "--out", str(tmp_path / "items.csv")])
         == 0
     )
     assert (
@@ -424,13 +396,13 @@ def test_a_study_from_the_command_line(tmp_path, capsys):
         and len(pd.read_csv(tmp_path / "items.csv")) == 6
     )
     for wrong, message in [
-        (["make", str(tmp_path / "o"), str(tmp_path / "none"), *options], "no SAE in"),
-        (["make", str(tmp_path / "o"), *map(str, folders * 2), *options], "given twice"),
+        (["rate", "make", str(tmp_path / "o"), str(tmp_path / "none"), *options], "no SAE at"),
+        (["rate", "make", str(tmp_path / "o"), *map(str, folders * 2), *options], "given twice"),
         ([*arguments, "--per-stratum", "99"], "were asked for"),
-        ([*arguments, "--lm", str(save_tiny("llama", tmp_path / "mute"))], "has no tokenizer"),
-        (["score", str(key_path), str(key_path)], "line 1"),
+        ([*arguments, "--model", str(save_tiny("llama", tmp_path / "mute"))], "has no tokenizer"),
+        (["rate", "score", str(key_path), str(key_path)], "line 1"),
     ]:
-        assert rating.main(wrong) == 2 and message in capsys.readouterr().err
+        assert main(wrong) == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 
