@@ -262,6 +262,21 @@ by_density = read_measured("benchmark_density.csv")
 save_figure("10", plots.density, by_density)
 
 # %% [markdown]
+# ## Beside a busy neighbour
+#
+# Two threads share every operation of a step and meet at its end. By default the one that comes
+# first spins; when another process wants the core, the spinning thread holds it and the one that is
+# waited for does not get on. `import jumprelu` therefore tells OpenMP to let waiting threads sleep
+# (`jumprelu.threads`), unless torch is loaded already or the user has chosen.
+#
+# **What is computed.** The same training steps in two processes, one with either way of waiting, in
+# turns; with nothing else on the machine, and beside one process that never rests.
+
+# %%
+by_neighbour = read_measured("benchmark_neighbour.csv")
+save_figure("10", plots.neighbour, by_neighbour)
+
+# %% [markdown]
 # ## Measured: inference
 #
 # **What is computed.** Encoding and decoding of the same batches by the same systems; ours looks
@@ -452,6 +467,15 @@ for size, name in enumerate(size_names):
 inferred = speed[
     (speed.task == "inference") & (speed.system == "jumprelu") & (speed.architecture == "jumprelu")
 ].dtype.iloc[0]
+waits = by_neighbour.set_index(["machine", "neighbour", "waiting"]).ms
+for machine_name in by_neighbour.machine.unique():
+    quiet, beside_one = (waits[machine_name, name] for name in by_neighbour.neighbour.unique())
+    facts |= {
+        f"a step beside a busy process, spinning over sleeping threads, {machine_name}": round(
+            beside_one.spin / beside_one.sleep, 1
+        ),
+        f"the same with nothing else running, {machine_name}": round(quiet.spin / quiet.sleep, 2),
+    }
 facts |= {
     "training: JumpReLU's rate over that of our other architectures, float32": beside(
         "train", "float32"

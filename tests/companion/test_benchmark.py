@@ -13,6 +13,7 @@ import pytest
 import torch
 from companion.speed import benchmark, quality, trainers
 from companion.speed.benchmark import COLUMNS
+from companion.speed.neighbour import neighbour_table
 from companion.speed.peers import DISTRIBUTIONS, in_our_form, peer_trainer, version
 from companion.speed.quality import OURS, synthetic_activations
 from companion.speed.trainers import BASELINE, FLOOR, QUICK_SIZES, Pool, Size, System
@@ -173,13 +174,34 @@ def test_the_command_writes_tables_and_the_machine(tmp_path, capsys):
         ours.peak_mb.notna() == (ours["dtype"] == "float32")
     ).all()  # one a system and architecture
     assert set(pd.read_csv(tmp_path / "benchmark_profile.csv").search) == {"float32", "bfloat16"}
-    assert pd.read_csv(tmp_path / "benchmark_density.csv").density.between(0, 1).all()
     facts = read_json(tmp_path / "benchmark.json")
     assert (
         facts["threads"] == 1 and facts["torch"] == torch.__version__.split("+")[0] and facts["cpu"]
     )
     assert {peer for peer, there in facts["peers"].items() if there} == set(INSTALLED)
     assert "times_floor1" in capsys.readouterr().out
+
+
+def test_rows_of_other_machines_are_kept(tmp_path):
+    path = tmp_path / "table.csv"
+    for machine, ms in (("a", 1), ("b", 2), ("a", 3)):
+        benchmark.add_rows(path, pd.DataFrame({"ms": [ms, ms], "machine": machine}))
+    table = pd.read_csv(path)
+    assert table.machine.tolist() == ["b", "b", "a", "a"] and table.ms.tolist() == [2, 2, 3, 3]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_density_alone(tmp_path):
+    benchmark.main(["--quick", "--only", "density", "--threads", "1", "--out", str(tmp_path)])
+    table = pd.read_csv(tmp_path / "benchmark_density.csv")
+    assert table.density.between(0, 1).all() and table.machine.str.startswith("1 threads").all()
+
+
+def test_both_ways_of_waiting_are_timed_with_and_without_a_neighbour():
+    table = neighbour_table(QUICK_SIZES[0], threads=1, rounds=2, steps=1)
+    assert len(table) == 4 and not table.duplicated(["waiting", "neighbour"]).any()
+    assert (table.ms > 0).all() and (table.q1 <= table.q3).all()
+    assert set(table.waiting) == {"spin", "sleep"}
 
 
 # ---- quality

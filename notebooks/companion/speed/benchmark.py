@@ -44,6 +44,7 @@ from jumprelu.recipe import TrainConfig
 from jumprelu.sparse import fast_dtype
 
 from ..rails.figures import MEASURED
+from .neighbour import neighbour_table
 from .peers import DISTRIBUTIONS, Trainer, version
 from .quality import OURS, SETTINGS, make_plan, quality_table, scan_settings, synthetic_activations
 from .steptime import density_table, profile_step
@@ -329,14 +330,21 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
     print(f"wrote {path}")
 
 
+def add_rows(path: Path, table: pd.DataFrame) -> None:
+    """Write a table with the column `machine`, beside the rows of other machines that the file
+    has."""
+    others = pd.read_csv(path) if path.exists() else table[:0]
+    write_csv(path, pd.concat([others[~others.machine.isin(table.machine)], table]))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m companion.speed.benchmark", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
         "--only",
-        choices=("speed", "quality", "scan"),
-        help="one half, or other settings of the libraries; default: both halves",
+        choices=("speed", "density", "neighbour", "quality", "scan"),
+        help="one part, or other settings of the libraries (scan); default: all parts but scan",
     )
     parser.add_argument(
         "--rounds", type=int, default=8, help="turns of each system (default: %(default)s)"
@@ -354,23 +362,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     facts = machine() | {"rounds": given.rounds, "turn": given.turn}
+    sizes = QUICK_SIZES if given.quick else SIZES
+    label = f"{given.threads} threads, {' '.join(facts['cpu_features'][-1:]) or 'no AVX2'}"
     if given.only in (None, "speed"):
-        sizes = QUICK_SIZES if given.quick else SIZES
         tables = [speed_table(size, pool_for(size), given.rounds, given.turn) for size in sizes]
         for size, table in zip(sizes, tables, strict=True):
             print(f"\n{size}, {given.threads} threads")
             print(shown(table.drop(columns=["data", "d_in", "d_sae", "batch"])))
         write_csv(given.out / "benchmark.csv", pd.concat(tables, ignore_index=True))
-        pool, shapes = pool_for(sizes[0]), QUICK_SHAPES if given.quick else SHAPES
-        write_csv(given.out / "benchmark_profile.csv", profile_table(pool, sizes[0]))
-        write_csv(
-            given.out / "benchmark_density.csv",
-            pd.concat([density_table(pool, *shape, THRESHOLDS) for shape in shapes]),
-        )
+        write_csv(given.out / "benchmark_profile.csv", profile_table(pool_for(sizes[0]), sizes[0]))
         write_json(
             given.out / "benchmark.json", facts | {"sizes": [size._asdict() for size in sizes]}
         )
-    if given.only != "speed":
+    if given.only in (None, "density"):
+        pool, shapes = pool_for(sizes[0]), QUICK_SHAPES if given.quick else SHAPES
+        table = pd.concat([density_table(pool, *shape, THRESHOLDS) for shape in shapes])
+        add_rows(given.out / "benchmark_density.csv", table.assign(machine=label))
+    if given.only in (None, "neighbour"):
+        table = neighbour_table(sizes[0], given.threads, given.rounds)
+        print("\n" + shown(table))
+        add_rows(given.out / "benchmark_neighbour.csv", table.assign(machine=label))
+    if given.only in (None, "quality", "scan"):
         scan = given.only == "scan"
         table = quality_table(make_plan(scan_settings() if scan else SETTINGS, given.quick))
         print("\n" + shown(table))

@@ -106,21 +106,57 @@ def density(data: pd.DataFrame) -> Figure:
 
     Paper: none.
 
-    Time of a step by the share of entries in S; columns d_sae, batch, density, way, ms.
+    Time of a step by the share of entries in S; columns machine, d_sae, batch, density, way, ms.
     """
-    sizes = list(data.groupby(["d_sae", "batch"]))
-    fig, axes = plt.subplots(1, len(sizes), figsize=(4.2 * len(sizes), 3.2), layout="constrained")
-    for ax, ((d_sae, batch), rows) in zip(np.atleast_1d(axes), sizes, strict=True):
-        for marker, (way, one) in zip(MARKERS, rows.groupby("way"), strict=False):
+    sizes = list(data.groupby(["machine", "d_sae", "batch"], sort=False))
+    rows = -(-len(sizes) // 2)
+    fig, axes = plt.subplots(
+        rows, 2, figsize=(8.4, 2.8 * rows), layout="constrained", squeeze=False
+    )
+    for ax, ((machine, d_sae, batch), part) in zip(axes.flat, sizes, strict=False):
+        for marker, (way, one) in zip(MARKERS, part.groupby("way"), strict=False):
             one = one.sort_values("density")
-            ax.plot(100 * one.density, one.ms, marker=marker, label=way)
+            ax.plot(100 * one.density, one.ms, marker=marker, markersize=4, label=way)
         ax.set(
             xlabel="entries in S (% of batch × d_sae)",
             ylabel="milliseconds a step",
             yscale="log",
-            title=f"d_sae {d_sae}, batch {batch}",
+            title=f"{machine}: d_sae {d_sae}, batch {batch}",
         )
-    np.atleast_1d(axes)[0].legend()
+    for ax in axes.flat[len(sizes) :]:
+        ax.set_visible(False)
+    axes[0, 0].legend()
+    return fig
+
+
+def neighbour(data: pd.DataFrame) -> Figure:
+    """Time of a step beside a busy process, with threads that spin and threads that sleep.
+
+    Paper: none.
+
+    Columns waiting (spin, sleep), neighbour, ms and its quartiles q1 and q3, machine.
+    """
+    machines = list(data.groupby("machine", sort=False))
+    fig, axes = plt.subplots(
+        1, len(machines), figsize=(1.5 + 4 * len(machines), 2.4), layout="constrained"
+    )
+    looks = {"spin": ("#bd1f01", "//"), "sleep": ("#3f90da", "")}
+    for ax, (machine, part) in zip(np.atleast_1d(axes), machines, strict=True):
+        names = list(part.neighbour.unique())
+        for shift, (way, rows) in zip(
+            (-0.2, 0.2), part.groupby("waiting", sort=False), strict=True
+        ):
+            color, hatch = looks[way]
+            y = [names.index(name) + shift for name in rows.neighbour]
+            ax.barh(y, rows.ms, height=0.36, color=color, hatch=hatch, edgecolor="white", label=way)
+            ax.hlines(y, rows.q1, rows.q3, color="black", linewidth=1)
+            for at, row in zip(y, rows.itertuples(), strict=True):
+                ax.text(row.q3, at, f" {row.ms:,.0f} ms", va="center", fontsize=7)
+        ax.set_yticks(range(len(names)), [f"beside {name}" for name in names])
+        ax.set(xscale="log", xlabel="milliseconds a step", title=machine)
+        ax.set_xlim(0.5 * part.q1.min(), 4 * part.q3.max())
+        ax.grid(axis="y", visible=False)
+    np.atleast_1d(axes)[0].legend(title="threads that wait", fontsize=7, title_fontsize=7)
     return fig
 
 
