@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -243,9 +244,9 @@ class Team:
         dist.broadcast(tensor, 0)
         return bool(tensor)
 
-    def from_first(self, make: Callable[[], str]) -> str:
-        """What `make` returns in the first process, for all; the others wait."""
-        result = [make() if self.first else None]
+    def from_first(self, value: Any) -> Any:
+        """The first process's value, for all."""
+        result = [value]
         if not self.alone:
             dist.broadcast_object_list(result, 0)
         return result[0]

@@ -5,20 +5,17 @@ Notable here:
 - a run is a function of (activations, config) alone, on a CPU to the bit. Killed at any step and
   started again with the same `out`, it ends with the very bits of an uninterrupted run.
 - a sweep reads its data once for all runs that see the same batches. These take turns of a block of
-  batches, small enough that it, and the weights of the run at work, stay in a cache; each run ends
-  with the bits that it has when trained alone.
+  batches, small enough that it, and the weights of the run at work, stay in a cache.
 - two processes with one `out` do not harm each other: the second waits, and finds the result.
-- the log says which of reconstruction and sparsity pushes θ. Where sparsity pushes many times as
-  hard, θ moves at its learning rate, and more λ will hardly lower L0.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,7 +31,7 @@ from .recipe import TrainConfig
 from .sae import SAE
 from .sites import INPUTS
 from .sparse import POLICY, SparsePolicy
-from .state import Inputs, Row, TrainState, measure_inputs, train_step
+from .state import Row, TrainState, measure_inputs, train_step
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,6 +39,9 @@ if TYPE_CHECKING:
 TRAINER_VERSION = 1
 """Part of the identity of every run, and of the keys of SAEs that are kept: raise it when the
 numbers that a run gives change."""
+
+SATURATED = 30
+"""λ cannot be felt any more when sparsity pushes θ so many times as hard as reconstruction."""
 
 BLOCK = 32
 BLOCK_BYTES = 2**25
@@ -63,13 +63,14 @@ def run_identity(stores: Sequence[Activations], config: TrainConfig, log_rows: i
 
 @dataclasses.dataclass
 class _Run:
-    """A run of a sweep: it has a state until it is finished, and then a result."""
+    """A run of a sweep: it has a state while it is trained, and then a result."""
 
     config: TrainConfig
     title: str
     folder: Path | None
     identity: str
     log_every: int
+    checkpoint_seconds: float
     team: Team
     state: TrainState | None = None
     result: TrainResult | None = None
@@ -83,55 +84,52 @@ class _Run:
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint.safetensors"
 
-    def open(
-        self,
-        make_state: Callable[[TrainConfig, Inputs | None], TrainState],
-        acts: Activations,
-        device: torch.device,
-    ) -> None:
-        """Read back a finished run, go on with an interrupted one, or begin."""
-        found = self.team.from_first(self._found)
-        if found == "finished":
-            import pandas as pd
+    def read_result(self, device: torch.device) -> None:
+        """Read back the result, if the run is finished."""
+        import pandas as pd
 
-            self.team.wait_for_file(self.folder / "run.json")
-            if read_json(self.folder / "run.json")["identity"] != self.identity:
-                raise ValueError(
-                    f"{self.folder} holds a finished run with other activations, another "
-                    "configuration or version of the trainer: choose another folder, or delete "
-                    "that one. Nothing was overwritten"
-                )
-            log = pd.read_csv(self.folder / "log.csv")
-            self.result = TrainResult(SAE.load(self.folder, device), log)
-        elif found == "interrupted":
-            self.team.wait_for_file(self.checkpoint)
-            # the checkpoint has the numbers
-            unknown = Inputs(float("nan"), torch.zeros(acts.d_in, device=device))
-            self.state = make_state(self.config, unknown)
-            self.state.load(self.checkpoint, self.identity)
-        else:
-            self.state = make_state(self.config, None)
-        if (step := self.team.from_first(lambda: str(self.step))) != str(self.step):
-            raise RuntimeError(
-                f"the first process goes on from step {step}, this one from step {self.step}: the "
-                f"file system shows an old checkpoint in {self.folder}; start again in a while"
+        if not self.team.from_first(bool(self.folder) and (self.folder / "run.json").exists()):
+            return
+        self.team.wait_for_file(self.folder / "run.json")
+        if read_json(self.folder / "run.json")["identity"] != self.identity:
+            raise ValueError(
+                f"{self.folder} holds a finished run with other activations, another configuration "
+                "or trainer: choose another folder, or delete it. Nothing was overwritten"
             )
-        self.saved_at = time.monotonic()
+        log = pd.read_csv(self.folder / "log.csv")
+        self.result = TrainResult(SAE.load(self.folder, device), log)
 
-    def _found(self) -> str:
-        if self.folder and (self.folder / "run.json").exists():
-            return "finished"
-        return "interrupted" if self.folder and self.checkpoint.exists() else "new"
+    def begin(self, state: TrainState) -> None:
+        """Begin with a new state, or go on from the checkpoint, if there is one."""
+        self.state, self.saved_at = state, time.monotonic()
+        if self.team.from_first(bool(self.folder) and self.checkpoint.exists()):
+            self.team.wait_for_file(self.checkpoint)
+            state.load(self.checkpoint, self.identity)
+            if (step := self.team.from_first(self.step)) != self.step:
+                raise RuntimeError(
+                    f"the first process goes on from step {step}, this one from {self.step}: "
+                    f"{self.checkpoint} is seen in an old version; start again in a while"
+                )
 
     def advance(self, x: Tensor, target: Tensor | None = None) -> Row | None:
         """One step on a raw batch; returns a log row at the steps that have one."""
-        state, last = self.state, self.config.length - 1
-        log = self.step % self.log_every == 0 or self.step == last
+        state = self.state
+        log = state.step % self.log_every == 0 or state.step == self.config.length - 1
         target = None if target is None else target / state.target_scale
         row = train_step(state, x / state.input_scale, log, target)
         if row:
             self._check_finite(row)
             state.log.append(row)
+            if self.team.first and saturated(state.log, self.config.sparsity):
+                warnings.warn(  # Python shows a warning of the same text once
+                    f"sparsity = {self.config.sparsity} is saturated: it pushes θ over {SATURATED} "
+                    "times as hard as reconstruction does, so more of it will hardly lower L0. "
+                    "Raise threshold_lr, threshold_init, bandwidth or steps instead",
+                    stacklevel=1,
+                )
+        late = time.monotonic() - self.saved_at > self.checkpoint_seconds
+        if self.folder and self.team.broadcast_flag(late, state.silent.device):
+            self.save()
         return row
 
     def _check_finite(self, row: Row | None = None) -> None:
@@ -169,6 +167,15 @@ class _Run:
         self.state, self.result = None, TrainResult(sae, pd.read_csv(io.StringIO(text)))
 
 
+def saturated(log: Sequence[Row], sparsity: float) -> bool:
+    """Whether λ = `sparsity`, reached at least ten rows ago, has pushed θ more than `SATURATED`
+    times as hard as reconstruction in each of the last ten rows."""
+    rows = [row for row in log[-10:] if row["sparsity"] >= sparsity and "sparsity_push" in row]
+    return len(rows) == 10 and all(
+        row["sparsity_push"] > SATURATED * row["reconstruction_push"] for row in rows
+    )
+
+
 def _show(progress: tqdm, row: Row, batch_size: int, waiting: float) -> None:
     rate = progress.format_dict["rate"] or 0
     progress.set_postfix(
@@ -182,16 +189,13 @@ def _show(progress: tqdm, row: Row, batch_size: int, waiting: float) -> None:
 
 
 def _train_together(
-    stores: Sequence[Activations],
-    runs: list[_Run],
-    device: torch.device,
-    checkpoint_seconds: float,
-    progress: tqdm,
+    stores: Sequence[Activations], runs: list[_Run], device: torch.device, progress: tqdm
 ) -> None:
     """Train runs that see the same batches, in one pass over them. stores: activations, targets."""
     config, first, began = runs[0].config, min(run.step for run in runs), time.monotonic()
-    acts, team, pinned = stores[0], runs[0].team, device.type == "cuda"
-    most = max(1, min(BLOCK, BLOCK_BYTES // (4 * config.batch_size * acts.d_in * len(stores))))
+    team, pinned = runs[0].team, device.type == "cuda"
+    batch_bytes = 4 * config.batch_size * stores[0].d_in * len(stores)
+    most = max(1, min(BLOCK, BLOCK_BYTES // batch_bytes))
     with ExitStack() as stack:
         streams = []
         for store in stores:
@@ -217,11 +221,8 @@ def _train_together(
                             waited = sum(stream.waited for stream in streams)
                             share = waited / (time.monotonic() - began)
                             _show(progress, row, config.batch_size, share)
-                        late = time.monotonic() - run.saved_at > checkpoint_seconds
-                        if run.folder and team.broadcast_flag(late, device):
-                            run.save()
                     if run.step == run.config.length:
-                        run.finish(acts)
+                        run.finish(stores[0])
                 except FloatingPointError:
                     for other in active:
                         if other is not run and other.folder and other.state and other.step:
@@ -250,8 +251,8 @@ def _check_pair(acts: Activations, targets: Activations, configs: Sequence[Train
         )
     if acts.d_in != targets.d_in:
         raise ValueError(
-            f"a transcoder has one width: the activations have {acts.d_in}, the targets "
-            f"{targets.d_in}"
+            "a transcoder's input and output are of one width: the activations have "
+            f"{acts.d_in}, the targets {targets.d_in}"
         )
     if any(config.resample for config in configs):
         raise ValueError(
@@ -261,11 +262,9 @@ def _check_pair(acts: Activations, targets: Activations, configs: Sequence[Train
 
 def _folders(
     configs: Sequence[TrainConfig], out: str | Path | Sequence[str | Path] | None
-) -> list[Path | None]:
+) -> Sequence[Path | None]:
     """The folder of each run; see :func:`train_many`."""
-    names = [
-        f"{config.architecture}-{digest(dataclasses.asdict(config))[:8]}" for config in configs
-    ]
+    names = [f"{one.architecture}-{digest(dataclasses.asdict(one))[:8]}" for one in configs]
     for number, name in enumerate(names):
         if names.index(name) < number:
             raise ValueError(
@@ -274,13 +273,12 @@ def _folders(
             )
     if out is None:
         return [None] * len(names)
-    if isinstance(out, str | Path):
-        return [Path(out) / name for name in names]
-    if len(out) != len(names):
+    folders = [Path(out) / name for name in names] if isinstance(out, str | Path) else out
+    if len(folders) != len(names):
         raise ValueError(
-            f"{len(out)} folders for {len(names)} configurations: give one for each, or one for all"
+            f"{len(folders)} folders for {len(names)} runs: give one for each, or one for all"
         )
-    return [Path(folder) for folder in out]
+    return [Path(folder) for folder in folders]
 
 
 def train_many(
@@ -318,17 +316,8 @@ def train_many(
     stores = (acts,) if targets is None else (acts, targets)
     if targets is not None:
         _check_pair(acts, targets, configs)
-
-    @functools.cache  # once for all runs, and only if one begins
-    def measured() -> list[Inputs]:
-        return [measure_inputs(store, device) for store in stores]
-
-    def make_state(config: TrainConfig, inputs: Inputs | None) -> TrainState:
-        known = [inputs] * len(stores) if inputs else measured()
-        outputs = known[1] if len(known) > 1 else None
-        return TrainState(acts, config, device, known[0], outputs, team, policy)
-
     runs: list[_Run] = []
+    groups: dict[tuple[int, int], list[_Run]] = {}
     with ExitStack() as stack:
         if team.first:  # in one order, so that no two processes wait for each other
             for folder in sorted({folder for folder in folders if folder}):
@@ -338,22 +327,24 @@ def train_many(
         for number, (config, folder) in enumerate(zip(configs, folders, strict=True), 1):
             team.check(config)
             title = f"run {number} of {len(configs)}, " if len(configs) > 1 else "training "
+            title += config.architecture
             identity = run_identity(stores, config, log_rows)
             log_every = max(1, config.steps // log_rows)
-            run = _Run(config, title + config.architecture, folder, identity, log_every, team)
-            run.open(make_state, acts, device)
+            run = _Run(config, title, folder, identity, log_every, checkpoint_seconds, team)
+            run.read_result(device)
             runs.append(run)
-        groups: dict[tuple[int, int], list[_Run]] = {}
-        for run in runs:
-            if run.state:
-                key = run.config.batch_size, run.config.data_order
-                groups.setdefault(key, []).append(run)
-        if groups:
-            total, done = sum(config.length for config in configs), sum(run.step for run in runs)
-            options = {} if team.first else {"disable": True}
-            with tqdm(total=total, initial=done, unit="step", mininterval=1, **options) as progress:
-                for group in groups.values():
-                    _train_together(stores, group, device, checkpoint_seconds, progress)
+        unfinished = [run for run in runs if not run.result]
+        if unfinished:
+            inputs = [measure_inputs(store, device) for store in stores]
+        for run in unfinished:
+            run.begin(TrainState(acts, run.config, device, *inputs, team=team, policy=policy))
+            key = run.config.batch_size, run.config.data_order
+            groups.setdefault(key, []).append(run)
+        total, done = sum(config.length for config in configs), sum(run.step for run in runs)
+        options = {"disable": True} if not (groups and team.first) else {}
+        with tqdm(total=total, initial=done, unit="step", mininterval=1, **options) as progress:
+            for group in groups.values():
+                _train_together(stores, group, device, progress)
     return [run.result for run in runs]
 
 
@@ -370,10 +361,10 @@ def train(
 ) -> TrainResult:
     """Train an SAE on the activations `acts` (from :func:`jumprelu.harvest`); returns (sae, log).
 
-    out: folder for the SAE, its log and, while it runs, a checkpoint every `checkpoint_seconds`.
-    Given again, a finished run is read back and an interrupted one goes on, bit for bit; while
-    another process trains there, this one waits. Without it nothing is written. device: default is
-    a GPU where there is one. log_rows: about this many rows in the log of a whole run; one ended by
+    out: folder for the SAE, its log and, while it runs, a checkpoint every `checkpoint_seconds`;
+    without it nothing is written. Given again, a finished run is read back and an interrupted one
+    goes on; while another process trains there, this one waits. device: default is a GPU where
+    there is one. log_rows: about this many rows in the log of a whole run; one ended by
     `stop_after` logs the steps that the whole run would, and its own last. targets: activations of
     the same tokens that are to be predicted from `acts`, such as mlp_out from mlp_in: the result is
     a :class:`jumprelu.sae.Transcoder`. team: the processes that train together
@@ -385,7 +376,8 @@ def train(
     JumpReLU window_share, threshold_travel, reconstruction_push and sparsity_push (means over
     latents of :class:`jumprelu.architectures.LatentDiagnostics`, of pushes without their sign),
     window_latents (share of latents with a sample in the window) and quantiles of θ; all in
-    normalised units.
+    normalised units. Warns where sparsity pushes θ many times as hard as reconstruction: θ then
+    moves at its learning rate, and more λ will hardly lower L0.
 
     Raises ValueError if `out` holds another run, the checkpoint is damaged, `targets` are of other
     tokens, the configuration does not suit the team, or the activations are not finite (the reader

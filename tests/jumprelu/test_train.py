@@ -174,6 +174,13 @@ def test_resampling_while_training(acts):
     assert resampled.log[first_half].equals(without.log[first_half])
 
 
+def test_saturated_sparsity_is_named(acts):
+    config = dataclasses.replace(SMALL, steps=200, sparsity=100.0, sparsity_warmup=0.1)
+    with pytest.warns(UserWarning, match=r"sparsity = 100.0 is saturated.*Raise threshold_lr"):
+        train(acts, config, device="cpu")
+    train(acts, dataclasses.replace(config, sparsity=0.03), device="cpu")  # felt: no warning
+
+
 def test_out_folder(acts, tmp_path):
     sae, log = train(acts, SMALL, out=tmp_path / "run", device="cpu")
     again = train(acts, SMALL, out=tmp_path / "run", device="cpu")
@@ -502,9 +509,9 @@ def test_a_sweep_goes_on_from_runs_at_different_steps(acts, alone, calls, monkey
     assert checkpoints(tmp_path) == [64, 95] and len(list(tmp_path.glob("*/run.json"))) == 2
     calls.clear()
     assert_same(train_many(acts, SWEEP[:4], **options), alone[:4])
-    assert calls == ["batches"]  # the sample that gives the scale is not read again
+    assert calls == ["rows", "batches"]
     assert_same(train_many(acts, SWEEP, **options), alone)
-    assert calls == ["batches", "rows", "batches"] and checkpoints(tmp_path) == []
+    assert calls == ["rows", "batches"] * 2 and checkpoints(tmp_path) == []
     names = [path.name for path in tmp_path.iterdir()]
     assert sorted(name.split("-")[0] for name in names) == [
         "batchtopk",
