@@ -98,12 +98,13 @@ def test_a_killed_run_goes_on_to_the_same_weights(source, tmp_path, monkeypatch)
 
         monkeypatch.setenv("JUMPRELU_CACHE", str(tmp_path / "killed"))
         script = SCRIPT.format(
-            tests=str(ROOT / "tests"),
+            tests=str(Path(__file__).parent),
             source=str(source),
             tokens=tokens,
             out=str(tmp_path / "lm_killed"),
         )
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "notebooks")])
+        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         with subprocess.Popen(
             [sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE
         ) as process:
