@@ -7,8 +7,8 @@ others.
     acts = jr.harvest(lm, tokens, site="resid_post", layer=3, out="acts")
     sae, log = jr.train(acts, jr.TrainConfig(d_sae=1024, steps=1000))
 
-Reading order: estimators, losses, sparse, sae, architectures, recipe, optim, train; then sites, lm,
-corpus, harvest, activations; then splicing, metrics. exchange/ has the SAEs of others, latents/
+Reading order: estimators, losses, sparse, sae, architectures, recipe, optim, train; then corpus,
+lm, sites, harvest, activations; then splicing, metrics. exchange/ has the SAEs of others, latents/
 what latents mean, dark/ what SAEs miss.
 """
 

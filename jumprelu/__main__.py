@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from .activations import INDEX, open_activations
+from .activations import open_activations
 from .corpus import Tokens, load_texts, tokenize
 from .distributed import start
 from .exchange.convert import convert
@@ -35,6 +35,7 @@ from .latents.contexts import collect
 from .lm import LM, load_lm
 from .metrics import evaluate
 from .recipe import TrainConfig
+from .store import INDEX
 from .train import train
 
 # ---- harvest and evaluate

@@ -1,10 +1,7 @@
-"""Activations on disk: one folder a (site, layer), shards of safetensors, an index with their
-checksums.
+"""Reading a store of activations: whole shards, random rows, and shuffled batches.
 
 Notable here:
-- the index names the request that the store answers (model, tokens, site, layer, dtype) and, for
-  every shard, its rows, bytes and SHA-256. A shard's size is checked when the store is opened, its
-  checksum when it is first read.
+- a shard's size is checked when the store is opened, its checksum when it is first read.
 - `batches` is a shuffled, endless stream whose order depends on the seed and `bucket_rows` alone.
   It can start at any batch number without reading what comes before, so training resumes exactly.
 - reading in random order from a disk is slow, and a whole store may not fit into memory: shards are
@@ -21,34 +18,24 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from hashlib import sha256 as new_sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 
-from .files import digest, locked, read_json, sha256, tensor_digest, write_json, writing
-
-FORMAT = 1
-INDEX = "index.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class Shard(NamedTuple):
-    """Consecutive rows of a store. activations: float32 [rows, d_in]; the others int32 [rows]."""
-
-    activations: torch.Tensor
-    ids: torch.Tensor
-    """Token at the row's position."""
-    position: torch.Tensor
-    """Position in the row of tokens, from 0."""
-    document: torch.Tensor
-    """Document of the row: what standard errors are clustered by."""
-
-
-# ---- reading
+from .files import digest, locked, tensor_digest
+from .store import (
+    INDEX,
+    Shard,
+    add_shard,
+    is_whole,
+    read_index,
+    rows_not_finite,
+    shard_name,
+    start_store,
+    torch_dtype,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,17 +73,14 @@ class Activations:
         return self.n_rows
 
     def __repr__(self) -> str:
-        origin = (
-            "a tensor"
-            if self.model_name is None
-            else f"{self.site} of layer {self.layer} of {self.model_name}"
-        )
+        origin = f"{self.site} of layer {self.layer} of {self.model_name}"
+        if self.model_name is None:
+            origin = "a tensor"
         return f"Activations({self.n_rows} rows of {self.d_in} from {origin}, {self.dtype})"
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the request and of every shard's checksum: what was asked for, and the bytes
-        that came."""
+        """Digest of what was asked for, and of the bytes that came."""
         return digest(
             self.index["request"],
             {name: record["sha256"] for name, record in self.index["shards"].items()},
@@ -106,13 +90,8 @@ class Activations:
         """All rows in the order of the tokens, a shard at a time. Raises ValueError for a damaged
         shard."""
         for name in sorted(self.index["shards"]):
-            tensors = self._read(name)
-            yield Shard(
-                tensors["activations"].float(),
-                tensors["ids"],
-                tensors["position"],
-                tensors["document"],
-            )
+            shard = self._read(name)
+            yield shard._replace(activations=shard.activations.float())
 
     def rows(self, n: int, seed: int = 0) -> torch.Tensor:
         """A uniform sample of `n` different rows in random order, all rows if there are no more:
@@ -129,7 +108,7 @@ class Activations:
         for name, record in sorted(self.index["shards"].items()):
             mine = (chosen >= first) & (chosen < first + record["rows"])
             if mine.any():
-                sample[mine] = self._read(name)["activations"][chosen[mine] - first].float()
+                sample[mine] = self._read(name).activations[chosen[mine] - first].float()
             first += record["rows"]
         return sample
 
@@ -146,10 +125,8 @@ class Activations:
 
         start: number of the first batch; `batches(b, seed, k)` gives what `batches(b, seed)` gives
         after k batches. bucket_rows: rows in a bucket (at least one shard), 4·d_in bytes each; more
-        mixes further. Memory is two of them: the one in use and the next, which threads read
-        meanwhile. pinned: in memory from which a GPU can copy by itself. See :class:`Batches` for
-        how that thread ends. A batch may hold rows from both sides of the border between two
-        epochs. Raises ValueError for a damaged shard.
+        mixes further. pinned: in memory from which a GPU can copy by itself. A batch may hold rows
+        from both sides of the border between two epochs. Raises ValueError for a damaged shard.
         """
         if batch_size < 1 or start < 0 or bucket_rows < 1:
             raise ValueError(
@@ -161,9 +138,9 @@ class Activations:
     def _bucket_stream(
         self, seed: int, row: int, bucket_rows: int
     ) -> Iterator[tuple[list[str], torch.Tensor, int]]:
-        """The buckets from the one on that holds row number `row` of the stream: the names of its
-        shards, the place of each of their rows in the shuffled order, and how many rows of that
-        order come before `row`."""
+        """The buckets from the one on that holds row number `row` of the stream: names of shards,
+        the place of each of their rows in the shuffled order, and how many rows of that order come
+        before `row`."""
         epoch, skip = divmod(row, self.n_rows)
         while True:
             for number, names in enumerate(self._buckets(seed, epoch, bucket_rows)):
@@ -171,10 +148,9 @@ class Activations:
                 if skip >= rows:
                     skip -= rows
                     continue
-                places = torch.empty(rows, dtype=torch.long)
-                places[torch.randperm(rows, generator=_generator(seed, epoch, number))] = (
-                    torch.arange(rows)
-                )
+                order = torch.randperm(rows, generator=_generator(seed, epoch, number))
+                places = torch.empty_like(order)
+                places[order] = torch.arange(rows)
                 yield names, places, skip
                 skip = 0
             epoch += 1
@@ -196,33 +172,27 @@ class Activations:
 
     def _read_into(self, bucket: torch.Tensor, name: str, places: torch.Tensor) -> None:
         """Put the rows of a shard at `places` of the bucket, float32 [rows, d_in]."""
-        activations = self._read(name)["activations"]
+        activations = self._read(name).activations
         # pieces that stay in a cache, and below the size from which torch uses several threads:
         # those are for training
         rows = max(1, (2**15 - 1) // self.d_in)
         for piece, where in zip(activations.split(rows), places.split(rows), strict=True):
             bucket.index_copy_(0, where, piece.float())
 
-    def _read(self, name: str) -> dict[str, torch.Tensor]:
-        path = self.folder / name
-        if name not in self._checked and not is_whole(path, self.index["shards"][name]):
+    def _read(self, name: str) -> Shard:
+        path, new = self.folder / name, name not in self._checked
+        if new and not is_whole(path, self.index["shards"][name]):
             raise ValueError(_damaged(path))
         with safe_open(path, framework="pt") as f:
-            tensors = {
-                key: f.get_tensor(key) for key in ("activations", "ids", "position", "document")
-            }
-        if name not in self._checked:
-            # a NaN or an infinity makes the sum one, which is quick to see; a sum may overflow
-            # without, so look again
-            suspect = not torch.isfinite(tensors["activations"].sum(dtype=torch.float32))
-            if suspect and (bad := ~torch.isfinite(tensors["activations"]).all(dim=-1)).any():
-                raise ValueError(
-                    f"{path} holds NaN or infinity in {_count(bad)}. Harvest again into another "
-                    "folder, from a "
-                    "model that gives finite activations, or with dtype='float32'"
-                )
-            self._checked.add(name)
-        return tensors
+            shard = Shard(*(f.get_tensor(key) for key in Shard._fields))
+        if new and len(bad := rows_not_finite(shard.activations)):
+            raise ValueError(
+                f"{path} holds NaN or infinity in {len(bad)} of {len(shard.ids)} rows, first row "
+                f"{int(bad[0])}. Harvest again into another folder, from a model that gives finite "
+                "activations, or with dtype='float32'"
+            )
+        self._checked.add(name)
+        return shard
 
 
 class Batches(Iterator[torch.Tensor]):
@@ -246,17 +216,15 @@ class Batches(Iterator[torch.Tensor]):
         self.waited = 0.0
         """Seconds that the consumer waited for the thread, so far."""
         # one on a laptop, whose cores are for training; more where they must keep up with a GPU
-        self._thread = ThreadPoolExecutor(
-            max(1, min(4, (os.cpu_count() or 1) // 4)), "jumprelu-batches"
-        )
-        self._pinned = pinned
+        threads = max(1, min(4, (os.cpu_count() or 1) // 4))
+        self._thread = ThreadPoolExecutor(threads, "jumprelu-batches")
         weakref.finalize(self, self._thread.shutdown, wait=False, cancel_futures=True)
-        self._acts, self._batch_size = acts, batch_size
+        self._acts, self._batch_size, self._pinned = acts, batch_size, pinned
         self._plan = acts._bucket_stream(seed, start * batch_size, bucket_rows)
-        self._left: torch.Tensor | None = None  # what is not yet used of the bucket in use
-        self._ahead: tuple[torch.Tensor, int, list[Future]] | None = (
-            None  # the next bucket, rows to skip, jobs that fill it
-        )
+        self._left: torch.Tensor | None = None
+        """What is not yet used of the bucket in use."""
+        self._ahead: tuple[torch.Tensor, int, list[Future]] | None = None
+        """The next bucket, rows to skip, jobs that fill it; None once closed."""
         self._read_ahead()
 
     def __next__(self) -> torch.Tensor:
@@ -306,23 +274,19 @@ def open_activations(folder: str | Path) -> Activations:
     folder = Path(folder)
     if not (folder / INDEX).exists():
         inside = sorted(path.parent.name for path in folder.glob(f"*/{INDEX}"))
-        raise FileNotFoundError(
-            f"no activations in {folder}: it has no {INDEX}. "
-            + (
-                f"Open one of its sub-folders: {', '.join(inside)}"
-                if inside
-                else "Give a folder that jumprelu.harvest(…, out=folder) wrote"
-            )
-        )
-    index = _read_index(folder)
+        advice = "Give a folder that jumprelu.harvest(…, out=folder) wrote"
+        if inside:
+            advice = f"Open one of its sub-folders: {', '.join(inside)}"
+        raise FileNotFoundError(f"no activations in {folder}: it has no {INDEX}. {advice}")
+    index = read_index(folder)
     for name, record in index["shards"].items():
         if not is_whole(folder / name, record, checksum=False):
             raise ValueError(_damaged(folder / name))
     if len(index["shards"]) < index["n_shards"]:
         raise ValueError(
             f"{folder} has {len(index['shards'])} of {index['n_shards']} shards: its harvest was "
-            "interrupted. "
-            "Call jumprelu.harvest again with the same arguments: it goes on where it stopped"
+            "interrupted. Call jumprelu.harvest again with the same arguments: it goes on where it "
+            "stopped"
         )
     return Activations(folder, index)
 
@@ -330,117 +294,15 @@ def open_activations(folder: str | Path) -> Activations:
 def _damaged(path: Path) -> str:
     return (
         f"{path} is missing, truncated or altered: its size or SHA-256 is not the one in {INDEX}. "
-        "Delete the file and call "
-        "jumprelu.harvest again with the same arguments: it makes this shard again and keeps the "
-        "others"
+        "Delete the file and call jumprelu.harvest again with the same arguments: it makes this "
+        "shard again and keeps the others"
     )
-
-
-def _count(bad: torch.Tensor) -> str:
-    return f"{int(bad.sum())} of {len(bad)} rows, first row {int(bad.nonzero()[0])}"
 
 
 def _generator(*key: Any) -> torch.Generator:
     """A random generator of its own for every key; on the CPU, so that the order is the same on all
     machines."""
     return torch.Generator().manual_seed(int(digest(*key), 16))
-
-
-# ---- writing
-
-
-def shard_name(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
-
-
-def is_whole(path: Path, record: dict[str, Any], checksum: bool = True) -> bool:
-    """Whether the file at `path` is the one that its record in the index describes."""
-    return (
-        path.is_file()
-        and path.stat().st_size == record["bytes"]
-        and (not checksum or sha256(path) == record["sha256"])
-    )
-
-
-def start_store(
-    folder: Path, request: dict[str, Any], model_name: str | None, d_in: int, n_shards: int
-) -> dict[str, Any]:
-    """The index to go on from: that of the store in `folder`, less damaged shards, if it answers
-    `request`; else a new one.
-
-    request: what the store's content follows from, with at least site, layer and dtype. If all
-    shards are there with their sizes, checksums are left to the reader; if one is missing, the
-    others' are compared now.
-
-    The caller holds the folder's lock (:func:`jumprelu.files.locked`). Raises ValueError if
-    `folder` holds the answer to another request, or shards without an index; nothing is changed
-    then.
-    """
-    if (folder / INDEX).exists():
-        index = _read_index(folder)
-        if index["request"] != request:
-            there = index["request"]
-            differ = [
-                f"{key} is {there.get(key)!r} there and {request.get(key)!r} here"
-                for key in sorted(request.keys() | there.keys())
-                if there.get(key) != request.get(key)
-            ]
-            raise ValueError(
-                f"{folder} holds other activations: {'; '.join(differ)}. Choose another folder, "
-                "or delete this one"
-            )
-        for checksum in (False, True):
-            index["shards"] = {
-                n: record
-                for n, record in index["shards"].items()
-                if is_whole(folder / n, record, checksum)
-            }
-            if len(index["shards"]) == n_shards:
-                break
-    elif any(folder.glob("shard-*.safetensors")):
-        raise ValueError(
-            f"{folder} holds shards without {INDEX}: choose another folder, or delete this one"
-        )
-    else:
-        index = {
-            "format": FORMAT,
-            "request": request,
-            "model_name": model_name,
-            "d_in": d_in,
-            "n_shards": n_shards,
-            "shards": {},
-        }
-        write_json(folder / INDEX, index)
-    for leftover in folder.glob(".*.tmp"):  # of a killed process
-        leftover.unlink()
-    return index
-
-
-def add_shard(folder: Path, index: dict[str, Any], number: int, shard: Shard) -> None:
-    """Write shard `number` in the index's dtype, then the index with it: a kill in between costs
-    one shard, nothing else.
-
-    The checksum is that of the bytes meant to be written, not of what a disk made of them. Raises
-    ValueError for NaN or infinity, before anything is written; OSError naming the file if the disk
-    is full.
-    """
-    activations = shard.activations.to(DTYPES[index["request"]["dtype"]])
-    bad = ~torch.isfinite(activations).all(dim=-1)
-    if bad.any():
-        raise ValueError(
-            f"{folder / shard_name(number)} would hold NaN or infinity in {_count(bad)}: it was "
-            "not written"
-        )
-    whole = {
-        name: getattr(shard, name).to(torch.int32, copy=True)
-        for name in ("ids", "position", "document")
-    }
-    data = save({"activations": activations.contiguous(), **whole})
-    with writing(folder / shard_name(number)) as temporary:
-        temporary.write_bytes(data)
-    record = {"rows": len(activations), "bytes": len(data), "sha256": new_sha256(data).hexdigest()}
-    index["shards"][shard_name(number)] = record
-    write_json(folder / INDEX, index)
 
 
 def activations_from_tensor(
@@ -460,7 +322,7 @@ def activations_from_tensor(
         raise ValueError(
             f"expected a float tensor of shape [rows, d_in], got {tuple(x.shape)} of {x.dtype}"
         )
-    check_dtype(dtype)
+    torch_dtype(dtype)  # raises for an unknown one
     x = x.detach().cpu()
     document = torch.arange(len(x)) if document is None else document.cpu()
     zeros = torch.zeros(len(x), dtype=torch.int32)
@@ -485,19 +347,3 @@ def activations_from_tensor(
 
 # Part of the key under which a store is kept, see harvest.py.
 activations_from_tensor.version, activations_from_tensor.threads_matter = 1, False
-
-
-def check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    index = read_json(folder / INDEX)
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        found = index.get("format") if isinstance(index, dict) else type(index).__name__
-        raise ValueError(
-            f"{folder / INDEX} has format {found!r}, this version reads {FORMAT}: harvest into "
-            "another folder"
-        )
-    return index

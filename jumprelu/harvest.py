@@ -23,20 +23,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .activations import (
-    DTYPES,
-    Activations,
-    Shard,
-    add_shard,
-    check_dtype,
-    open_activations,
-    shard_name,
-    start_store,
-)
+from .activations import Activations, open_activations
 from .corpus import Tokens, as_tokens
 from .files import locked, tensor_digest
 from .lm import LM
 from .sites import Key, capture
+from .store import Shard, add_shard, rows_not_finite, shard_name, start_store, torch_dtype
 
 SHARD_NUMBERS = 2**24
 """Numbers in a shard by default (64 MiB in float32), before rounding to whole rows of tokens."""
@@ -71,13 +63,11 @@ def harvest(
     """
     tokens = as_tokens(tokens)
     lm.check_ids(tokens.ids)
-    check_dtype(dtype)
+    torch_dtype(dtype)  # raises for an unknown one
     several = not (isinstance(site, str) and isinstance(layer, int))
-    keys = [
-        (s, n)
-        for s in ([site] if isinstance(site, str) else site)
-        for n in ([layer] if isinstance(layer, int) else layer)
-    ]
+    sites = [site] if isinstance(site, str) else site
+    layers = [layer] if isinstance(layer, int) else layer
+    keys = [(s, n) for s in sites for n in layers]
     widths = {key: value.shape[-1] for key, value in capture(lm, keys, tokens.ids[:1, :1]).items()}
     if shard_rows is None:
         shard_rows = max(1, batch_rows, SHARD_NUMBERS // (tokens.ids.shape[1] * lm.d_model))
@@ -105,16 +95,10 @@ def harvest(
             waiting = f"another process harvests into {folder}: waiting until it is done"
             stack.enter_context(locked(folder, waiting))
         n_shards = -(-len(tokens) // shard_rows)
-        indexes = {
-            (site, layer): start_store(
-                folder,
-                {**request, "site": site, "layer": layer},
-                lm.name,
-                widths[site, layer],
-                n_shards,
-            )
-            for (site, layer), folder in folders.items()
-        }
+        indexes = {}
+        for key, folder in folders.items():
+            own = request | {"site": key[0], "layer": key[1]}
+            indexes[key] = start_store(folder, own, lm.name, widths[key], n_shards)
         _complete(lm, tokens, keep, folders, indexes, batch_rows)
         stores = {key: open_activations(folder) for key, folder in folders.items()}
     return stores if several else stores[keys[0]]
@@ -136,20 +120,16 @@ def _complete(
     """Make the shards that the stores lack. keep: bool [n_rows, context_size], the positions whose
     activations are stored."""
     index = next(iter(indexes.values()))
-    shard_rows, dtype = index["request"]["shard_rows"], DTYPES[index["request"]["dtype"]]
+    shard_rows, dtype = index["request"]["shard_rows"], torch_dtype(index["request"]["dtype"])
     missing: dict[int, list[Key]] = {}
     for number in range(index["n_shards"]):
         wanted = [key for key in indexes if shard_name(number) not in indexes[key]["shards"]]
         if wanted:
             missing[number] = wanted
     total = sum(int(keep[n * shard_rows : (n + 1) * shard_rows].sum()) for n in missing)
+    leave = bool(missing)
     progress = tqdm(
-        total=total,
-        desc="harvesting",
-        unit="act",
-        unit_scale=True,
-        mininterval=2,
-        leave=bool(missing),
+        total=total, desc="harvesting", unit="act", unit_scale=True, mininterval=2, leave=leave
     )
     writing: list[Future] = []
     with progress, ThreadPoolExecutor(1, "jumprelu-shards") as writer:
@@ -193,13 +173,17 @@ def _check_and_add(
     keep: torch.Tensor,
 ) -> None:
     """Write a shard; keep: bool [n_rows, context_size], the positions that it holds."""
-    # one NaN or infinity makes the sum one; a sum may overflow without one, so look again
-    if not torch.isfinite(shard.activations.sum(dtype=torch.float32)):
-        bad = (~torch.isfinite(shard.activations).all(dim=-1)).nonzero()
-        if len(bad):
-            row, position = keep.nonzero()[int(bad[0])].tolist()
-            row += number * index["request"]["shard_rows"]
-            raise ValueError(_not_finite(lm, key, row, position, index["request"]["dtype"]))
+    bad = rows_not_finite(shard.activations)
+    if len(bad):
+        row, position = keep.nonzero()[int(bad[0])].tolist()
+        row += number * index["request"]["shard_rows"]
+        raise ValueError(
+            f"{lm.name} gives NaN or infinity at {key[0]} of layer {key[1]}, row of tokens {row}, "
+            f"first at position {position}, stored as {index['request']['dtype']}. That shard was "
+            "not written; check the weights, or use another type than float16, which ends at "
+            "65504: load the model with dtype='float32' or 'bfloat16', harvest with "
+            "dtype='bfloat16' or 'float32'"
+        )
     add_shard(folder, index, number, shard)
 
 
@@ -211,14 +195,3 @@ def _empty_shard(
     row, position = keep.nonzero(as_tuple=True)
     activations = torch.empty(len(row), width, dtype=dtype, pin_memory=device.type == "cuda")
     return Shard(activations, tokens.ids[row, position], position, tokens.document[row])
-
-
-def _not_finite(lm: LM, key: Key, row: int, position: int, dtype: str) -> str:
-    ways = "check the weights, or load the model with dtype='float32' or 'bfloat16'"
-    if dtype == "float16":
-        ways += "; float16 ends at 65504, which some models exceed: harvest with dtype='bfloat16' "
-        ways += "or 'float32'"
-    return (
-        f"{lm.name} gives NaN or infinity at {key[0]} of layer {key[1]}, row of tokens {row}, "
-        f"first at position {position}, stored as {dtype}. That shard was not written; {ways}"
-    )

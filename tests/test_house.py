@@ -8,14 +8,14 @@ import subprocess
 import sys
 from importlib.util import resolve_name
 
-ROOMS = {"exchange", "latents", "dark"}
-"""Folders of the library, which see its core and not each other. `__main__` and `__init__` see
-all."""
+FROM_THE_CORE = {("jumprelu.corpus", "jumprelu.subject.texts")}
+"""Folders of the library see its core and not each other, `__main__` and `__init__` see all; and
+this is what the core sees of the folders."""
 SHARED = {"rails", "papers"}
 """Folders of the companion that every other one may see."""
 CORE_LINES, LIBRARY_LINES = 5_720, 10_980
 """What the library has today, so that it only gets smaller: the aim is 5,000 and 9,000."""
-TOO_LONG = {"activations.py", "lm.py"}
+TOO_LONG: set[str] = set()
 """Files of more than 400 lines that are still to be divided."""
 HEAVY = ("transformers", "datasets", "pandas", "matplotlib", "IPython", "sympy")
 
@@ -70,7 +70,9 @@ def test_arrows_point_one_way(root):
             other_package, other = room(known[target], root)
             if package == "jumprelu":
                 door = name in ("jumprelu", "jumprelu.__main__")
-                allowed = other_package == "jumprelu" and (door or other in ("", folder))
+                allowed = other_package == "jumprelu" and (
+                    door or other in ("", folder) or (name, target) in FROM_THE_CORE
+                )
             else:
                 allowed = other_package == "jumprelu" or other in SHARED | {folder}
             if not allowed:

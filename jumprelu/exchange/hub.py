@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 from ..extras import needs
-from ..lm import hub_access
+from ..hub_access import hub_access
 
 
 def list_files(repo: str, revision: str | None = None) -> list[str]:

@@ -21,11 +21,12 @@ from companion.dark.errors import regress_errors
 from models import random_ids, tiny_lm
 
 import jumprelu as jr
-from jumprelu.activations import activations_from_tensor, add_shard, open_activations, start_store
+from jumprelu.activations import activations_from_tensor, open_activations
 from jumprelu.corpus import Tokens
 from jumprelu.dark.darkmatter import decompose, linear_error, nonlinear_error, split
 from jumprelu.dark.pursuit import pursue
 from jumprelu.dark.regression import Linear
+from jumprelu.store import add_shard, start_store
 
 
 def generator(seed=0):

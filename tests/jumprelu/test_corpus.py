@@ -13,7 +13,7 @@ from companion.subject.compression import token_bytes
 from companion.subject.train_lm import train_tokenizer
 
 from jumprelu import corpus
-from jumprelu.corpus import Tokens, as_tokens, fingerprint, load_texts, split_of, tokenize
+from jumprelu.corpus import Tokens, as_tokens, load_texts, split_of, tokenize
 
 BOS = 2
 
@@ -28,25 +28,6 @@ def document(number: int, words: int = 400) -> str:
 def tokenizer():
     texts = datasets.Dataset.from_list([{"text": document(i)} for i in range(40)])
     return train_tokenizer(texts, vocab_size=400)
-
-
-@pytest.fixture
-def installed(tmp_path, monkeypatch):
-    """The default corpus over files of our own: a function that writes documents and loads every
-    split."""
-    monkeypatch.setenv("JUMPRELU_CACHE", str(tmp_path / "cache"))
-
-    def load(texts: dict[str, str]) -> dict[str, datasets.Dataset]:
-        files = []
-        for name, text in texts.items():
-            path = tmp_path / "files" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-            files.append((name, str(path)))
-        monkeypatch.setattr(corpus, "installed_files", lambda: sorted(files))
-        return {split: load_texts("installed", split) for split in corpus.SPLITS}
-
-    return load
 
 
 # ---- splits
@@ -68,52 +49,6 @@ def test_split_shares():
     for split, percent in corpus.SPLITS.items():
         p = percent / 100
         assert abs(counts[split] / n - p) < 4 * (p * (1 - p) / n) ** 0.5, split
-
-
-def test_installed_corpus_divides_every_document_once_and_keeps_one_of_each_content(installed):
-    texts = {f"package/module_{i}.py": document(i) for i in range(200)}
-    copies = {f"package/zcopy_{i}.py": document(i) for i in range(50)}
-    loaded = installed(texts | copies)
-    paths = [row["path"] for split in loaded.values() for row in split]
-    assert sorted(paths) == sorted(
-        texts
-    )  # the first path keeps the content, whatever split its copy would be in
-    assert all(split_of(row["path"]) == name for name, split in loaded.items() for row in split)
-    assert min(len(split) for split in loaded.values()) > 0
-
-
-def test_installed_corpus_leaves_out_short_long_and_foreign_documents(installed):
-    odd = {"p/short.py": "x = 1\n", "p/long.py": "x = 1\n" * 50_000, "p/greek.md": "λόγος " * 500}
-    kept = {f"p/module_{i}.py": document(i) for i in range(100)}
-    loaded = installed(kept | odd)
-    assert {row["path"] for split in loaded.values() for row in split} == set(kept)
-
-
-def test_installed_files_are_named_without_the_place_of_installation():
-    names = [name for name, _ in corpus.installed_files()]
-    assert names == sorted(names) and len(set(names)) == len(names)
-    assert "stdlib/abc.py" in names and any(name.startswith("torch/") for name in names)
-    assert not [name for name in names if name.startswith("/") or "site-packages" in name]
-
-
-def test_fingerprint_follows_content_path_and_order():
-    rows = [{"path": f"{i}", "text": document(i)} for i in range(3)]
-    make = datasets.Dataset.from_list
-    first = fingerprint(make(rows))
-    assert first == fingerprint(make(rows))
-    changed = [dict(rows[0], text=rows[0]["text"] + " "), *rows[1:]]
-    moved = [dict(rows[0], path="other"), *rows[1:]]
-    assert (
-        len(
-            {
-                first,
-                fingerprint(make(changed)),
-                fingerprint(make(moved)),
-                fingerprint(make(rows[::-1])),
-            }
-        )
-        == 4
-    )
 
 
 # ---- tokens

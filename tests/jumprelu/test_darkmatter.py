@@ -14,7 +14,7 @@ from decompositions import (
     whole,
 )
 
-from jumprelu.activations import activations_from_tensor, add_shard, open_activations, start_store
+from jumprelu.activations import activations_from_tensor, open_activations
 from jumprelu.dark import darkmatter
 from jumprelu.dark.darkmatter import (
     NORMS,
@@ -24,6 +24,7 @@ from jumprelu.dark.darkmatter import (
     split,
     stream,
 )
+from jumprelu.store import add_shard, start_store
 
 
 @pytest.fixture(scope="module")

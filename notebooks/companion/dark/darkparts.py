@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from jumprelu.activations import Activations, add_shard, open_activations, shard_name, start_store
+from jumprelu.activations import Activations, open_activations
 from jumprelu.corpus import Tokens
 from jumprelu.dark.darkmatter import (
     HeldOut,
@@ -27,6 +27,7 @@ from jumprelu.files import digest, tensor_digest
 from jumprelu.intervals import over_seeds
 from jumprelu.lm import LM
 from jumprelu.sae import SAE
+from jumprelu.store import add_shard, shard_name, start_store
 
 from .darkstudy import STATISTICS
 from .downstream import Spliced, splice_variants

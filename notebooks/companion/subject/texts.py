@@ -7,8 +7,9 @@ import itertools
 import datasets
 import pandas as pd
 
-from jumprelu.corpus import SPLITS, Tokens, fingerprint, load_texts, recorded_fingerprint, tokenize
+from jumprelu.corpus import SPLITS, Tokens, load_texts, tokenize
 from jumprelu.lm import LM
+from jumprelu.subject.texts import fingerprint, recorded_fingerprint
 
 
 def corpus_table(source: str, documents: int = 300) -> pd.DataFrame:

@@ -30,8 +30,9 @@ import torch
 from tqdm import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-from jumprelu.corpus import fingerprint, load_texts, tokenize
+from jumprelu.corpus import load_texts, tokenize
 from jumprelu.files import SUBJECT, cache_root, digest, read_json, write_json, write_text, writing
+from jumprelu.subject.texts import fingerprint
 
 
 @dataclass(frozen=True)
