@@ -24,8 +24,19 @@ ATTEMPTS = 4
 TOP, NEGATIVE, EMPTY = 0, -1, -2
 """Values of `Contexts.quantile` beside the numbers of bins, 1 and up."""
 
-Columns = dict[str, np.ndarray]
-"""A table: arrays of one length by name."""
+ENTRY = np.dtype(
+    [
+        ("latent", np.int64),
+        ("row", np.int64),
+        ("position", np.int64),
+        ("value", np.float32),
+        ("order", np.float64),
+        ("slot", np.int64),
+        ("quantile", np.int64),
+    ]
+)
+"""A position at which a latent may have a context. order: what is kept first; slot, quantile: known
+once it is chosen."""
 
 
 @dataclass(frozen=True)
@@ -73,25 +84,24 @@ def uniform(seed: int, *parts: np.ndarray | int) -> np.ndarray:
     return (state >> np.uint64(11)) * 2.0**-53
 
 
-def take(columns: Columns, rows: np.ndarray | slice) -> Columns:
-    return {name: column[rows] for name, column in columns.items()}
+def entries_of(**columns: np.ndarray) -> np.ndarray:
+    """Entries, [n], with these columns, [n] each; 0 in the others."""
+    found = np.zeros(len(columns["latent"]), ENTRY)
+    for name, column in columns.items():
+        found[name] = column
+    return found
 
 
-def ordered(columns: Columns, *by: str) -> Columns:
-    """Rows sorted by the columns `by`, the first one first."""
-    return take(columns, np.lexsort([columns[name] for name in reversed(by)]))
+def code(
+    row: np.ndarray, latent: np.ndarray, position: np.ndarray, latents: int, length: int
+) -> np.ndarray:
+    """One number for (row, latent, position), ascending in this order."""
+    return (row * latents + latent) * length + position
 
 
-def _first_of(*columns: np.ndarray) -> np.ndarray:
-    """Places of the first of each combination of values, ascending."""
-    if not len(columns[0]):
-        return np.zeros(0, np.int64)
-    order = np.lexsort(columns)  # stable
-    new = np.zeros(len(order), bool)
-    new[0] = True
-    for column in columns:
-        new[1:] |= column[order][1:] != column[order][:-1]
-    return np.sort(order[new])
+def _ordered(entries: np.ndarray, *by: str) -> np.ndarray:
+    """Entries sorted by the columns `by`, the first one first."""
+    return entries[np.lexsort([entries[name] for name in reversed(by)])]
 
 
 def _rank(group: np.ndarray) -> np.ndarray:
@@ -99,54 +109,40 @@ def _rank(group: np.ndarray) -> np.ndarray:
     return np.arange(len(group)) - np.searchsorted(group, group)
 
 
-def code(
-    row: np.ndarray, latent: np.ndarray, position: np.ndarray, latents: int, length: int
-) -> np.ndarray:
-    """One number for (row, latent, position), ascending in this order."""
-    return (row.astype(np.int64) * latents + latent) * length + position
-
-
 class Least:
     """Of all entries, the `size` of each latent that come first in `order`, ties by row and
     position; one a document if asked."""
 
-    COLUMNS = ("latent", "order", "row", "position", "value")
-
     def __init__(self, latents: int, size: int, document: np.ndarray | None = None):
-        self.size, self.document = size, document  # document: of each row
+        self.size, self.document = size, document  # document: of each row, numbers from 0
         # what does not come before the bar can no longer get in
         self.bar = np.full(latents, np.inf if size else -np.inf)
-        types = (np.int64, float, np.int64, np.int64, float)
-        self.kept = {name: np.zeros(0, t) for name, t in zip(self.COLUMNS, types, strict=True)}
-        self.waiting: list[Columns] = []
+        self.kept, self.waiting = np.zeros(0, ENTRY), []
 
-    def may_enter(self, latent: np.ndarray, order: np.ndarray) -> np.ndarray:
-        return order < self.bar[latent]
-
-    def add(self, **columns: np.ndarray) -> None:
-        enter = self.may_enter(columns["latent"], columns["order"])
-        if enter.any():
-            self.waiting.append({name: columns[name][enter] for name in self.COLUMNS})
-        new = sum(len(columns["latent"]) for columns in self.waiting)
-        if new > max(WAITING, len(self.kept["latent"]) // 2):
+    def add(self, entries: np.ndarray) -> None:
+        self.waiting.append(entries[entries["order"] < self.bar[entries["latent"]]])
+        if sum(map(len, self.waiting)) > max(WAITING, len(self.kept) // 2):
             self.settle()
 
-    def settle(self) -> Columns:
+    def settle(self) -> np.ndarray:
         """What is kept, by latent and then in order."""
-        columns = {
-            name: np.concatenate([self.kept[name], *(new[name] for new in self.waiting)])
-            for name in self.COLUMNS
-        }
-        self.waiting = []
-        columns = ordered(columns, "latent", "order", "row", "position")
+        entries = np.concatenate([self.kept, *self.waiting])
+        entries = _ordered(entries, "latent", "order", "row", "position")
         if self.document is not None:
-            first = _first_of(columns["latent"], self.document[columns["row"]])
-            columns = take(columns, first)
-        rank = _rank(columns["latent"])
-        last = rank == self.size - 1
-        self.bar[columns["latent"][last]] = columns["order"][last]
-        self.kept = take(columns, rank < self.size)
+            entries = first_of_each_document(entries, entries["latent"], self.document)
+        rank = _rank(entries["latent"])
+        last = entries[rank == self.size - 1]
+        self.bar[last["latent"]] = last["order"]
+        self.kept, self.waiting = entries[rank < self.size], []
         return self.kept
+
+
+def first_of_each_document(
+    entries: np.ndarray, group: np.ndarray, document: np.ndarray
+) -> np.ndarray:
+    """The first entry of each group and document, in the order given. document: of each row."""
+    key = group * (document.max(initial=0) + 1) + document[entries["row"]]
+    return entries[np.sort(np.unique(key, return_index=True)[1])]
 
 
 class Chooser:
@@ -156,82 +152,73 @@ class Chooser:
     """
 
     def __init__(self, latents: int, tokens: Tokens, keep: torch.Tensor, choice: Choice):
-        document = tokens.document.numpy()
+        self.document = tokens.document.unique(return_inverse=True)[1].numpy()
         self.choice, self.keep, self.length = choice, keep.numpy(), tokens.ids.shape[1]
         self.maximum, self.fired = torch.zeros(latents), torch.zeros(latents, dtype=torch.int64)
-        self.top = Least(latents, choice.top, document)
+        self.top = Least(latents, choice.top, self.document)
         self.positive = Least(latents, OVERSAMPLE * choice.quantiles * choice.per_quantile)
-        self.silent = Least(latents, choice.negatives, document)
+        self.silent = Least(latents, choice.negatives, self.document)
 
-    def add(self, rows: slice, token: np.ndarray, latent: np.ndarray, value: np.ndarray) -> None:
-        """Take in all that is active in some rows: number of the token among those kept, latent,
-        activation; each [entries]."""
-        row, position = (place[token] for place in self.keep[rows].nonzero())
-        codes = np.sort(code(row, latent, position, len(self.fired), self.length))
-        entries = {"latent": latent, "row": row + rows.start, "position": position, "value": value}
-        self.fired += torch.bincount(torch.from_numpy(latent), minlength=len(self.fired))
-        self.maximum.scatter_reduce_(0, torch.from_numpy(latent), torch.from_numpy(value), "amax")
-        self.top.add(order=-value.astype(float), **entries)
-        order = uniform(self.choice.seed, 0, latent, entries["row"], position)
-        self.positive.add(order=order, **entries)
+    def add(self, rows: slice, entries: np.ndarray) -> None:
+        """Take in all that is active in some rows."""
+        latent, value = (torch.from_numpy(entries[name].copy()) for name in ("latent", "value"))
+        self.fired += torch.bincount(latent, minlength=len(self.fired))
+        self.maximum.scatter_reduce_(0, latent, value, "amax")
+        entries["order"] = -entries["value"]
+        self.top.add(entries)
+        where = (entries[name] for name in ("latent", "row", "position"))
+        entries["order"] = uniform(self.choice.seed, 0, *where)
+        self.positive.add(entries)
         if self.choice.negatives:
-            self._add_silent(rows, codes)
+            self._add_silent(rows, np.sort(self.codes(entries)))
+
+    def codes(self, entries: np.ndarray) -> np.ndarray:
+        where = entries["row"], entries["latent"], entries["position"]
+        return code(*where, len(self.fired), self.length)
 
     def _add_silent(self, rows: slice, codes: np.ndarray) -> None:
         """In each row, one window in which a latent is silent; codes: where one is active."""
-        seed, count = self.choice.seed, self.keep[rows].sum(1)
-        row, latent = (grid.ravel() for grid in np.indices((len(count), len(self.fired))))
+        seed, keep = self.choice.seed, self.keep[rows]
+        row, latent = (grid.ravel() for grid in np.indices((len(keep), len(self.fired))))
         order = uniform(seed, 1, latent, row + rows.start)
-        may = self.silent.may_enter(latent, order) & (count[row] > 0)
-        row, latent, order = row[may], latent[may], order[may]
-        kept_first = np.argsort(~self.keep[rows], axis=1, kind="stable")
+        count = keep.sum(1)[row]
+        may = (order < self.silent.bar[latent]) & (count > 0)
+        row, latent, order, count = row[may], latent[may], order[may], count[may]
+        kept_first = np.argsort(~keep, axis=1, kind="stable")
         found = np.full(len(row), -1)
         before, after = self.choice.window // 2, (self.choice.window - 1) // 2
         for attempt in range(ATTEMPTS):
-            drawn = uniform(seed, 2 + attempt, latent, row + rows.start) * count[row]
+            drawn = uniform(seed, 2 + attempt, latent, row + rows.start) * count
             position = kept_first[row, drawn.astype(np.int64)]
             low = np.maximum(position - before, 0)
             high = np.minimum(position + after, self.length - 1)
-            first = code(row, latent, low, len(self.fired), self.length)
+            first = code(row + rows.start, latent, low, len(self.fired), self.length)
             begin = np.searchsorted(codes, first)
             silent = begin == np.searchsorted(codes, first + high - low, side="right")
             found = np.where((found < 0) & silent, position, found)
-        columns = {"latent": latent, "order": order, "row": row + rows.start, "position": found}
-        columns["value"] = np.zeros(len(found))
-        self.silent.add(**take(columns, found >= 0))
+        entries = entries_of(latent=latent, order=order, row=row + rows.start, position=found)
+        self.silent.add(entries[found >= 0])
 
-    def chosen(self) -> Columns:
-        """Columns latent, slot, quantile, row, position of every context."""
+    def chosen(self) -> np.ndarray:
+        """Entries of every context, with their slots and quantiles."""
         choice, top, silent = self.choice, self.top.settle(), self.silent.settle()
-        last = choice.slots - choice.negatives
-        parts = [
-            self._placed(top, 0, TOP),
-            self._from_bins(top),
-            self._placed(silent, last, NEGATIVE),
-        ]
-        names = ("latent", "slot", "quantile", "row", "position")
-        return {name: np.concatenate([part[name] for part in parts]) for name in names}
+        top["slot"], top["quantile"] = _rank(top["latent"]), TOP
+        first = choice.slots - choice.negatives
+        silent["slot"], silent["quantile"] = first + _rank(silent["latent"]), NEGATIVE
+        return np.concatenate([top, self._from_bins(top), silent])
 
-    def _placed(self, columns: Columns, first: int, quantile: int) -> Columns:
-        """With the slots from `first` on, in order."""
-        slot = first + _rank(columns["latent"])
-        return {**columns, "slot": slot, "quantile": np.full(len(slot), quantile)}
-
-    def _from_bins(self, top: Columns) -> Columns:
+    def _from_bins(self, top: np.ndarray) -> np.ndarray:
         """What is drawn from each bin of positive activations, without what is among the top."""
-        choice, sample = self.choice, dict(self.positive.settle())
-        sample["falling"] = -sample["value"]
-        sample = ordered(sample, "latent", "falling", "row", "position")
+        choice, sample = self.choice, self.positive.settle()
+        sample = sample[
+            np.lexsort([sample["position"], sample["row"], -sample["value"], sample["latent"]])
+        ]
         size = np.bincount(sample["latent"], minlength=len(self.fired))[sample["latent"]]
         sample["quantile"] = 1 + _rank(sample["latent"]) * choice.quantiles // np.maximum(size, 1)
-        sample = take(sample, ~np.isin(self._codes(sample), self._codes(top)))
-        sample = ordered(sample, "latent", "quantile", "order")
-        document = self.top.document[sample["row"]]
-        sample = take(sample, _first_of(sample["latent"], sample["quantile"], document))
+        sample = sample[~np.isin(self.codes(sample), self.codes(top))]
+        sample = _ordered(sample, "latent", "quantile", "order")
+        group = sample["latent"] * (choice.quantiles + 1) + sample["quantile"]
+        sample = first_of_each_document(sample, group, self.document)
         rank = _rank(sample["latent"] * (choice.quantiles + 1) + sample["quantile"])
         sample["slot"] = choice.top + (sample["quantile"] - 1) * choice.per_quantile + rank
-        return take(sample, rank < choice.per_quantile)
-
-    def _codes(self, columns: Columns) -> np.ndarray:
-        where = columns["row"], columns["latent"], columns["position"]
-        return code(*where, len(self.fired), self.length)
+        return sample[rank < choice.per_quantile]

@@ -1,17 +1,15 @@
 """Contexts of latents: the windows of text in which each is most active, less active, and silent.
 
-Notable here:
 - two passes over the tokens, a batch of rows at a time. The first chooses positions
   (:mod:`jumprelu.latents.choosing`). The second counts the histogram, which needs the maximum, and
   reads the activations around what was chosen. Activations of the model are kept in between while
   they fit (`KEPT`), and else computed again.
-- memory: what is chosen, and one batch. Never [tokens, d_sae] of all tokens.
+- memory: what is chosen, and one batch.
 - BOS, EOS and padding give no activation and are nobody's centre, as everywhere in this package.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -22,8 +20,9 @@ from tqdm import tqdm
 from ..corpus import Tokens, as_tokens
 from ..lm import LM
 from ..sae import SAE
-from ..sites import Key, capture
-from .choosing import EMPTY, Choice, Chooser, code, take
+from ..sites import capture
+from ..splicing import on_device, place_of
+from .choosing import EMPTY, Choice, Chooser, code, entries_of
 
 BINS = 32
 """Bins of the histogram."""
@@ -97,72 +96,39 @@ def collect_many(
 ) -> list[Contexts]:
     """:func:`collect` for several SAEs on one model, which reads the tokens once for all of them.
     latents: one entry an SAE."""
-    tokens = as_tokens(tokens)
-    lm.check_ids(tokens.ids)
-    if not len(saes):
-        return []
-    batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
-    places = [_place(sae, site, layer) for sae in saes]
-    wanted = [
-        _check(sae, some) for sae, some in zip(saes, latents or [None] * len(saes), strict=True)
-    ]
+    stream = _Stream(lm, saes, as_tokens(tokens), site, layer, batch_rows)
+    latents = latents or [None] * len(saes)
+    wanted = [_check(sae, some) for sae, some in zip(saes, latents, strict=True)]
     parts = [_part(sae, some, lm.device) for sae, some in zip(saes, wanted, strict=True)]
-    keep = ~lm.is_special(tokens.ids)
-    if not keep.any():
-        raise ValueError("every token is a special one (BOS, EOS or pad): no context to collect")
-    stream = _Stream(lm, tokens.ids, keep, list(dict.fromkeys(places)), batch_rows)
-    choosers = [Chooser(len(some), tokens, keep, choice) for some in wanted]
-    for rows, x in stream.passes("choosing contexts"):
-        for part, place, some, chooser in zip(parts, places, wanted, choosers, strict=True):
-            chooser.add(rows, *_entries(part, x[place], some))
+    choosers = [Chooser(len(some), stream.tokens, stream.keep, choice) for some in wanted]
+    for rows, row, position, inputs in stream.passes("choosing contexts"):
+        for part, x, some, chooser in zip(parts, inputs, wanted, choosers, strict=True):
+            chooser.add(rows, _entries(part, x, some, row, position))
     readers = [
-        _Reader(some, tokens, chooser, choice)
+        _Reader(some, stream.tokens, chooser, choice)
         for some, chooser in zip(wanted, choosers, strict=True)
     ]
-    for rows, x in stream.passes("reading contexts"):
-        for part, place, some, reader in zip(parts, places, wanted, readers, strict=True):
-            reader.add(rows, keep[rows], *_entries(part, x[place], some))
+    for rows, row, position, inputs in stream.passes("reading contexts"):
+        for part, x, some, reader in zip(parts, inputs, wanted, readers, strict=True):
+            reader.add(rows, _entries(part, x, some, row, position))
     return [reader.contexts() for reader in readers]
 
 
 @torch.no_grad()
-def frequencies(
-    lm: LM,
-    saes: Sequence[SAE],
-    tokens: Tokens | torch.Tensor,
-    site: str | None = None,
-    layer: int | None = None,
-    batch_rows: int | None = None,
-) -> list[torch.Tensor]:
+def frequencies(lm: LM, saes: Sequence[SAE], tokens: Tokens | torch.Tensor) -> list[torch.Tensor]:
     """Share of tokens on which each latent of each SAE fires, float64 [d_sae]; their sum is L0.
     Raises as :func:`collect`."""
-    tokens = as_tokens(tokens)
-    lm.check_ids(tokens.ids)
-    places = [_place(sae, site, layer) for sae in saes]
-    keep = ~lm.is_special(tokens.ids)
-    batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
+    stream = _Stream(lm, saes, as_tokens(tokens))
     fired = [torch.zeros(sae.d_sae, dtype=torch.float64) for sae in saes]
-    for _, x in _Stream(lm, tokens.ids, keep, list(dict.fromkeys(places)), batch_rows).passes(
-        "counting"
-    ):
-        for sae, place, own in zip(saes, places, fired, strict=True):
-            found = sae.encode(
-                x[place].to(sae.W_enc.device, sae.W_enc.dtype), sparse=True
-            ).indices()[1]
-            own += torch.bincount(found.cpu(), minlength=sae.d_sae)
-    return [own / keep.sum() for own in fired]
+    for *_, inputs in stream.passes("counting"):
+        for sae, x, own in zip(saes, inputs, fired, strict=True):
+            x = x.to(sae.W_enc.device, sae.W_enc.dtype)
+            latent = sae.encode(x, sparse=True).indices()[1]
+            own += torch.bincount(latent.cpu(), minlength=sae.d_sae)
+    return [own / stream.keep.sum() for own in fired]
 
 
 # ---- the model and the SAE
-
-
-def _place(sae: SAE, site: str | None, layer: int | None) -> Key:
-    site, layer = site or sae.origin.site, sae.origin.layer if layer is None else layer
-    if site is None or layer is None:
-        raise ValueError(
-            "this SAE does not remember where it was trained: give collect(..., site=, layer=)"
-        )
-    return site, layer
 
 
 def _check(sae: SAE, latents: torch.Tensor | None) -> torch.Tensor:
@@ -183,22 +149,16 @@ def _part(sae: SAE, latents: torch.Tensor, device: torch.device) -> SAE:
     # a subclass may encode in a way of its own
     if sae.k is None and type(sae) is SAE and len(latents) < sae.d_sae:
         at = latents.to(sae.W_enc.device)
-        sae = SAE(
-            sae.W_enc[:, at],
-            sae.b_enc[at],
-            sae.W_dec[at],
-            sae.b_dec,
-            sae.threshold[at],
-            origin=sae.origin,
-        )
-    return sae if sae.W_enc.device == device else copy.deepcopy(sae).to(device)
+        encoder, decoder = (sae.W_enc[:, at], sae.b_enc[at]), (sae.W_dec[at], sae.b_dec)
+        sae = SAE(*encoder, *decoder, sae.threshold[at], origin=sae.origin)
+    return on_device(sae, device)
 
 
 def _entries(
-    part: SAE, x: torch.Tensor, latents: torch.Tensor
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Number of the token among those of x, place of the latent in `latents`, activation; of all
-    that is above 0."""
+    part: SAE, x: torch.Tensor, latents: torch.Tensor, row: np.ndarray, position: np.ndarray
+) -> np.ndarray:
+    """All that is above 0 at the tokens of x, whose rows and positions are given, as entries;
+    latent: the place in `latents`."""
     found = part.encode(x.to(part.W_enc.dtype), sparse=True)
     (token, latent), value = found.indices().cpu(), found.values().float().cpu()
     if part.d_sae > len(latents):
@@ -206,7 +166,8 @@ def _entries(
         place[latents] = torch.arange(len(latents))
         latent = place[latent]
     positive = (latent >= 0) & (value > 0)
-    return token[positive].numpy(), latent[positive].numpy(), value[positive].numpy()
+    token, latent, value = (each[positive].numpy() for each in (token, latent, value))
+    return entries_of(latent=latent, row=row[token], position=position[token], value=value)
 
 
 class _Stream:
@@ -214,24 +175,40 @@ class _Stream:
     for."""
 
     def __init__(
-        self, lm: LM, ids: torch.Tensor, keep: torch.Tensor, places: list[Key], batch_rows: int
+        self,
+        lm: LM,
+        saes: Sequence[SAE],
+        tokens: Tokens,
+        site: str | None = None,
+        layer: int | None = None,
+        batch_rows: int | None = None,
     ):
-        self.lm, self.ids, self.keep, self.places = lm, ids, keep, places
-        self.starts = range(0, len(ids), batch_rows)
-        self.fits = int(keep.sum()) * lm.d_model * len(places) <= KEPT
-        self.kept: dict[int, dict[Key, torch.Tensor]] = {}
+        lm.check_ids(tokens.ids)
+        self.lm, self.tokens, self.keep = lm, tokens, ~lm.is_special(tokens.ids)
+        if not self.keep.any():
+            raise ValueError("every token is a special one (BOS, EOS or pad): nothing to read")
+        self.places = [place_of(sae, site, layer) for sae in saes]
+        self.batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
+        self.fits = int(self.keep.sum()) * lm.d_model * len(set(self.places)) <= KEPT
+        self.kept: dict[int, dict] = {}
 
-    def passes(self, label: str) -> Iterator[tuple[slice, dict[Key, torch.Tensor]]]:
-        for start in tqdm(self.starts, desc=label, unit="batch", mininterval=1):
-            rows = slice(start, min(start + self.starts.step, len(self.ids)))
+    def passes(
+        self, label: str
+    ) -> Iterator[tuple[slice, np.ndarray, np.ndarray, list[torch.Tensor]]]:
+        """Yields rows, the row and position of each token kept in them, [n], and its activations
+        for each SAE, [n, d_in]."""
+        starts = range(0, len(self.tokens), self.batch_rows)
+        for start in tqdm(starts, desc=label, unit="batch", mininterval=1):
+            rows = slice(start, min(start + self.batch_rows, len(self.tokens)))
             x = self.kept.get(start)
             if x is None:
                 kept = self.keep[rows].to(self.lm.device)
-                found = capture(self.lm, self.places, self.ids[rows])
+                found = capture(self.lm, dict.fromkeys(self.places), self.tokens.ids[rows])
                 x = {key: value[kept] for key, value in found.items()}
                 if self.fits:
                     self.kept[start] = x
-            yield rows, x
+            row, position = self.keep[rows].numpy().nonzero()
+            yield rows, row + start, position, [x[place] for place in self.places]
 
 
 # ---- the second pass: reading
@@ -244,54 +221,43 @@ class _Reader:
         m, n, w = len(latents), choice.slots, choice.window
         self.latents, self.tokens, self.chooser = latents, tokens, chooser
         chosen = chooser.chosen()
-        self.chosen = take(chosen, np.argsort(chosen["row"], kind="stable"))
+        self.chosen = chosen[np.argsort(chosen["row"], kind="stable")]
         self.offsets = np.arange(w) - w // 2
         self.histogram = torch.zeros(m * BINS, dtype=torch.int64)
-        self.ids, self.acts = torch.full((m, n, w), -1), torch.zeros(m, n, w)
-        at = torch.from_numpy(chosen["latent"]), torch.from_numpy(chosen["slot"])
-        self.where: dict[str, torch.Tensor] = {}
-        for name, empty in (("quantile", EMPTY), ("row", -1), ("position", -1)):
-            self.where[name] = torch.full((m, n), empty)
-            self.where[name][at] = torch.from_numpy(chosen[name])
+        self.ids, self.acts = np.full((m, n, w), -1), np.zeros((m, n, w), np.float32)
 
-    def add(
-        self,
-        rows: slice,
-        keep: torch.Tensor,
-        token: np.ndarray,
-        latent: np.ndarray,
-        value: np.ndarray,
-    ) -> None:
-        """Take in what :meth:`Chooser.add` was given, and `keep` of these rows."""
-        m, length = len(self.latents), self.tokens.ids.shape[1]
-        top = self.chooser.maximum.numpy()[latent]
-        bins = np.minimum((BINS * (value.astype(float) / top)).astype(np.int64), BINS - 1)
+    def add(self, rows: slice, entries: np.ndarray) -> None:
+        """Take in what :meth:`Chooser.add` was given."""
+        latent, value, m = entries["latent"], entries["value"], len(self.latents)
+        share = value.astype(float) / self.chooser.maximum.numpy()[latent]
+        bins = np.minimum((BINS * share).astype(np.int64), BINS - 1)
         self.histogram += torch.bincount(torch.from_numpy(latent * BINS + bins), minlength=m * BINS)
 
-        row, position = (place[token] for place in keep.numpy().nonzero())
-        codes = code(row, latent, position, m, length)
+        codes = self.chooser.codes(entries)
         order = np.argsort(codes)
         # one entry beyond all others, so that looking up never leaves the array
         codes, value = np.append(codes[order], -1), np.append(value[order], 0)
-        start, end = np.searchsorted(self.chosen["row"], [rows.start, rows.stop])
-        here = take(self.chosen, slice(start, end))
+        here = self.chosen[slice(*np.searchsorted(self.chosen["row"], [rows.start, rows.stop]))]
         row, latent = here["row"][:, None], here["latent"][:, None]
-        places = here["position"][:, None] + self.offsets
+        places, length = here["position"][:, None] + self.offsets, self.tokens.ids.shape[1]
         inside = (places >= 0) & (places < length)
         places = places.clip(0, length - 1)
-        asked = code(row - rows.start, latent, places, m, length)
+        asked = code(row, latent, places, m, length)
         at = np.searchsorted(codes[:-1], asked)
-        acts = np.where(inside & (codes[at] == asked), value[at], 0)
-        ids = np.where(inside, self.tokens.ids.numpy()[row, places], -1)
-        to = torch.from_numpy(here["latent"]), torch.from_numpy(here["slot"])
-        self.acts[to], self.ids[to] = torch.from_numpy(acts).float(), torch.from_numpy(ids)
+        to = here["latent"], here["slot"]
+        self.acts[to] = np.where(inside & (codes[at] == asked), value[at], 0)
+        self.ids[to] = np.where(inside, self.tokens.ids.numpy()[row, places], -1)
 
     def contexts(self) -> Contexts:
-        quantile, row, position = self.where.values()
+        where = {}
+        for name, empty in (("quantile", EMPTY), ("row", -1), ("position", -1)):
+            where[name] = np.full(self.ids.shape[:2], empty)
+            where[name][self.chosen["latent"], self.chosen["slot"]] = self.chosen[name]
+        quantile, row, position = map(torch.from_numpy, where.values())
         return Contexts(
             self.latents,
-            self.ids,
-            self.acts,
+            torch.from_numpy(self.ids),
+            torch.from_numpy(self.acts),
             quantile,
             torch.where(row >= 0, self.tokens.document[row.clamp_min(0)], -1),
             row,
