@@ -35,11 +35,12 @@ from companion.rails.by_seed import difference, statistic_at
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import save_figure, show_facts
+from companion.rails.repeats import over_seeds
 from companion.rails.stores import harvest_places
 
 import jumprelu as jr
 from jumprelu.dark import darkmatter
-from jumprelu.intervals import Interval, bootstrap, over_seeds
+from jumprelu.intervals import Interval, bootstrap
 
 # %% tags=["parameters"]
 model: str = ""  # empty: the embedded model; otherwise a hub id or a folder

@@ -12,6 +12,7 @@ import torch
 from companion.dark import darkstudy
 from companion.rails.by_seed import statistic_at
 from companion.rails.lm_loss import token_losses
+from companion.rails.repeats import over_seeds
 from models import random_ids, tiny_lm
 
 import jumprelu as jr
@@ -19,7 +20,6 @@ from jumprelu.activations import activations_from_tensor
 from jumprelu.corpus import Tokens
 from jumprelu.dark.darkmatter import HeldOut, TokenNorms, decompose, split, stream
 from jumprelu.dark.regression import Linear
-from jumprelu.intervals import over_seeds
 
 
 def generator(seed=0):

@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from companion.rails.repeats import summarise
 from companion.ste import toy
-
-from jumprelu.intervals import summarise
 
 
 @pytest.mark.parametrize("name", toy.ACTIVATIONS[1:])

@@ -3,21 +3,15 @@
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
 from jumprelu.intervals import (
     Estimate,
     bootstrap,
-    jackknife,
-    leave_one_out,
     mean_interval,
-    over_seeds,
     ratio_estimate,
     share_estimate,
-    squared_length,
-    summarise,
 )
 
 
@@ -63,7 +57,6 @@ def test_mean_interval_by_hand():
         4.302653 / math.sqrt(3), rel=1e-5
     )
     assert mean_interval([1.0]).mean == 1.0 and math.isnan(mean_interval([1.0]).half)
-    assert mean_interval([0.0, 2.0], level=0.5).half == pytest.approx(1.0)  # t(0.75, 1) = 1
     with pytest.raises(ValueError, match="at least 1 value"):
         mean_interval([])
 
@@ -86,37 +79,6 @@ def test_intervals_cover_as_often_as_they_say():
 
     assert abs(holds(1).mean() - 0.95) < 0.012
     assert holds(20).reshape(-1, 20).all(1).mean() > 0.93
-
-
-def test_summarise_is_an_interval_a_group():
-    samples = pd.DataFrame({"name": ["b", "b", "a", "a", "b"], "value": [1.0, 2.0, 5.0, 7.0, 6.0]})
-    table = summarise(samples, ["name"])
-    assert table.name.tolist() == ["b", "a"]
-    assert table.iloc[0, 1:].tolist() == list(mean_interval([1.0, 2.0, 6.0]))
-
-
-def test_jackknife_of_a_mean_is_the_t_interval():
-    values = np.random.default_rng(0).normal(size=12)
-    found = jackknife(leave_one_out(lambda v: v.mean(), values))
-    assert found == pytest.approx(mean_interval(values))
-    assert found.half == pytest.approx(2.200985 * values.std(ddof=1) / math.sqrt(12), rel=1e-6)
-
-
-def test_leave_one_out_leaves_out_the_same_place_of_each_array():
-    a, b = np.array([1.0, 2.0, 4.0]), np.array([1.0, 1.0, 2.0])
-    assert leave_one_out(lambda x, y: x.sum() / y.sum(), a, b).tolist() == [
-        7 / 4,
-        6 / 3,
-        5 / 3,
-        3 / 2,
-    ]
-
-
-def test_squared_length_is_unbiased_where_the_plain_one_is_not():
-    draws = np.random.default_rng(0).normal(0, 1, (3000, 5, 8)) + 0.5
-    found = [squared_length(d) for d in draws]
-    assert abs(np.mean(found) - 2.0) < 4 * np.std(found) / math.sqrt(3000)
-    assert np.mean([np.square(d.mean(0)).sum() for d in draws]) > 3
 
 
 def test_bootstrap_draws_documents():
@@ -143,28 +105,3 @@ def test_bootstrap_of_several_statistics_at_once():
         bootstrap(lambda w: w @ values, 30, draws=200)
     )
     assert np.isnan([end[1] for end in both]).all()
-
-
-def test_an_interval_over_seeds_covers_documents_and_seeds():
-    values = (
-        torch.rand(3, 40, generator=torch.Generator().manual_seed(2)).double()
-        + torch.arange(3)[:, None]
-    )
-    seeds = [lambda w, one=one: w @ one / w.sum(-1) for one in values]
-    both, alone, same = (
-        over_seeds(seeds, 40),
-        over_seeds(seeds[:1], 40),
-        over_seeds(seeds[:1] * 3, 40),
-    )
-    between = mean_interval(values.mean(1))
-    drawn = bootstrap(lambda w: w @ values.mean(0) / w.sum(-1), 40)
-    assert both.mean == pytest.approx(between.mean)
-    assert (both.high - both.mean) ** 2 == pytest.approx(
-        (drawn.high - drawn.mean) ** 2 + between.half**2
-    )
-    assert tuple(alone) == pytest.approx(tuple(bootstrap(seeds[0], 40))) and tuple(
-        same
-    ) == pytest.approx(tuple(alone))
-    pairs = over_seeds([lambda w, one=one: torch.stack([one(w), -one(w)], -1) for one in seeds], 40)
-    assert (pairs.mean[0], pairs.low[0], pairs.high[0]) == pytest.approx(tuple(both))
-    assert (-pairs.mean[1], -pairs.high[1], -pairs.low[1]) == pytest.approx(tuple(both))

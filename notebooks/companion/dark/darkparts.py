@@ -24,11 +24,11 @@ from jumprelu.dark.darkmatter import (
 from jumprelu.dark.pursuit import pursue
 from jumprelu.dark.regression import Linear
 from jumprelu.files import digest, tensor_digest
-from jumprelu.intervals import over_seeds
 from jumprelu.lm import LM
 from jumprelu.sae import SAE
 from jumprelu.store import add_shard, shard_name, start_store
 
+from ..rails.repeats import over_seeds
 from .darkstudy import STATISTICS
 from .downstream import Spliced, splice_variants
 from .errors import Predicted, regress_errors

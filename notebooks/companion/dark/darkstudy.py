@@ -23,13 +23,14 @@ from jumprelu.dark.darkmatter import (
     stream,
 )
 from jumprelu.dark.regression import Linear
-from jumprelu.intervals import Interval, bootstrap, over_seeds
+from jumprelu.intervals import Interval, bootstrap
 from jumprelu.lm import LM
 from jumprelu.recipe import TrainConfig
 from jumprelu.sae import SAE
 
 from ..rails.by_seed import Statistic, settings
 from ..rails.lm_loss import token_losses
+from ..rails.repeats import over_seeds
 from .errors import Predicted, breakdown, predict_scalar
 
 STATISTICS: dict[str, Statistic] = {
@@ -101,7 +102,7 @@ def run_table(
 def summary(tests: dict[str, Sequence[HeldOut]], draws: int = 1000) -> pd.DataFrame:
     """Each of :data:`STATISTICS` for named SAEs, several that differ in their seed under one name.
 
-    Columns name, quantity, mean, low, high (:func:`jumprelu.intervals.over_seeds`).
+    Columns name, quantity, mean, low, high (:func:`companion.rails.repeats.over_seeds`).
     """
     rows = [
         (name, quantity, *_over_seeds(several, statistic, draws))
@@ -118,7 +119,7 @@ def by_point(
     statistics: dict[str, Statistic] = STATISTICS,
 ) -> pd.DataFrame:  # noqa: B006 (a constant)
     """Statistics at each point of each architecture's curve, over its seeds
-    (:func:`jumprelu.intervals.over_seeds`).
+    (:func:`companion.rails.repeats.over_seeds`).
 
     table: a row a run, as `study.sweep_variants` gives; the n-th run of each seed belong together.
     Columns architecture, point, quantity, l0 (mean over seeds), mean, low, high.
@@ -142,7 +143,7 @@ def breakdown_table(
     high.
 
     table: a row a run, with columns seed and d_sae; tests: of each run. The law is fitted in each
-    seed, and again for each draw of documents (:func:`jumprelu.intervals.over_seeds`). Components:
+    seed, and again for each draw of documents (:func:`over_seeds`). Components:
     absent, linear, nonlinear, and law (the fitted FVU); "offset" and "exponent" have one row each,
     and "miss" is measured over predicted FVU at the greatest width, by the fit to the others (NaN
     with fewer than four widths).

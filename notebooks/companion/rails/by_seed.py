@@ -37,7 +37,7 @@ def statistic_at(
     by: str = "l0",
 ) -> list[Callable[[torch.Tensor], torch.Tensor]]:
     """A statistic of an architecture where column `by` of its runs has one value, for each seed a
-    function of weights of documents, as :func:`jumprelu.intervals.over_seeds` takes.
+    function of weights of documents, as :func:`companion.rails.repeats.over_seeds` takes.
 
     table: a row a run, columns architecture, seed and `by`; tests: of each run. Linear in log `by`
     between the two runs that enclose the value (the same two, whatever documents are drawn); NaN in

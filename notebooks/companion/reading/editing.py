@@ -30,12 +30,12 @@ import torch
 from tqdm import tqdm
 
 from jumprelu.corpus import Tokens, as_tokens
-from jumprelu.intervals import over_seeds
 from jumprelu.lm import LM
 from jumprelu.sae import SAE, check_autoencoder
 from jumprelu.sites import Key
 from jumprelu.splicing import known_before, on_device, place_of
 
+from ..rails.repeats import over_seeds
 from .concepts import Concept, python_concepts
 from .positions import Row, answer_table, copied_logits, find_positions, log_odds
 

@@ -10,7 +10,7 @@ import pandas as pd
 from jumprelu.activations import Activations
 from jumprelu.corpus import Tokens
 from jumprelu.harvest import harvest
-from jumprelu.intervals import Interval, over_seeds
+from jumprelu.intervals import Interval
 from jumprelu.latents.attribution import Uniformity, token_uniformity
 from jumprelu.latents.interp import EDGES
 from jumprelu.lm import LM
@@ -19,6 +19,7 @@ from jumprelu.train import train
 
 from ..rails.by_seed import settings
 from ..rails.cache import remember
+from ..rails.repeats import over_seeds
 from ..rails.study import Sweep
 from .baselines import activations, neurons, random_directions, random_weights
 from .summaries import summary

@@ -20,7 +20,7 @@ from jumprelu.corpus import Tokens
 from jumprelu.dark.darkmatter import HeldOut, decompose, split
 from jumprelu.exchange.gemma_scope import available, path_for
 from jumprelu.exchange.loading import load_sae
-from jumprelu.intervals import Interval, bootstrap, over_seeds
+from jumprelu.intervals import Interval, bootstrap
 from jumprelu.lm import LM
 from jumprelu.metrics import Report, evaluate_many
 from jumprelu.sae import SAE
@@ -28,6 +28,7 @@ from jumprelu.sae import SAE
 from ..rails.by_seed import settings, statistic_at
 from ..rails.cache import remember
 from ..rails.frontier import at_l0, log_interval, seed_ratios
+from ..rails.repeats import over_seeds
 from ..rails.study import METRICS
 from .release import harvest_all
 

@@ -4,7 +4,7 @@ Notable here:
 - no closed form is known: the straight-through gradient is held against finite differences of the
   loss on the same batches.
 - the squared length of a measured mean vector would count its noise as signal.
-  `intervals.squared_length` does not, so no bias measures as zero on average, and may come out
+  `repeats.squared_length` does not, so no bias measures as zero on average, and may come out
   below it.
 - near an optimum the gradient is near zero, and errors relative to it say nothing: along a run they
   are absolute."""
@@ -23,9 +23,10 @@ import torch
 from tqdm import tqdm
 
 from jumprelu.estimators import jump_relu, step
-from jumprelu.intervals import jackknife, leave_one_out, mean_interval, squared_length
+from jumprelu.intervals import mean_interval
 from jumprelu.sae import SAE, check_autoencoder
 
+from ..rails.repeats import jackknife, leave_one_out, squared_length
 from .bandwidth import least_point
 from .theorem import Coder, worth_terms
 

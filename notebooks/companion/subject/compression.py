@@ -27,10 +27,10 @@ import pandas as pd
 import torch
 
 from jumprelu.corpus import Tokens
-from jumprelu.intervals import jackknife
 from jumprelu.lm import LM
 
 from ..rails.lm_loss import token_losses
+from ..rails.repeats import jackknife
 from .ngram import NGram
 
 # ---- bytes and bits
