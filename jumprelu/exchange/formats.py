@@ -95,10 +95,7 @@ def write(sae: SAE, folder: str | Path, format: str) -> tuple[str, ...]:
         )
     if kind not in target.holds:
         others = ", ".join(name for name, each in FORMATS.items() if kind in each.holds)
-        raise ValueError(
-            f"{format} has no {kind} SAE: it holds {', '.join(target.holds)}. Choose one of "
-            f"{others}"
-        )
+        raise ValueError(f"{format} has no {kind} SAE: choose one of {others}")
     return target.write(sae, Path(folder))
 
 
@@ -116,25 +113,14 @@ def _format(name: str) -> Format:
     return FORMATS[name]
 
 
-# ---- ours, and Gemma Scope
-
-
 def _parts(sae: SAE) -> Parts:
     check_autoencoder(sae)
     return Parts(**arrays(sae), k=sae.k, origin=sae.origin)
 
 
-def _read_ours(folder: Path) -> Parts:
-    return _parts(SAE.load(folder))
-
-
 def _write_ours(sae: SAE, folder: Path) -> tuple[str, ...]:
     sae.save(folder)
     return ()
-
-
-def _read_gemma_scope(folder: Path) -> Parts:
-    return _parts(gemma_scope.read(*gemma_scope.find(folder, gemma_scope.Wanted())))
 
 
 def _write_gemma_scope(sae: SAE, folder: Path) -> tuple[str, ...]:
@@ -148,37 +134,41 @@ class Format(NamedTuple):
     files: tuple[str, ...]
     read: Callable[[Path], Parts]
     write: Callable[[SAE, Path], tuple[str, ...]] | None = None
-    holds: tuple[str, ...] = ("relu", "jumprelu", "topk")
+    holds: tuple[str, ...] = ()
     """Which of :func:`jumprelu.exchange.parts.kind_of` it can be written with."""
 
 
 FORMATS = {
     OURS: Format(
         ("cfg.json", "sae.safetensors"),
-        _read_ours,
+        lambda folder: _parts(SAE.load(folder)),
         _write_ours,
         ("relu", "jumprelu", "topk", "topk with thresholds"),
     ),
     "saelens": Format(
-        ("cfg.json", "sae_weights.safetensors"), peers.read_saelens, peers.write_saelens
+        ("cfg.json", "sae_weights.safetensors"),
+        peers.read_saelens,
+        peers.write_saelens,
+        ("relu", "jumprelu", "topk"),
     ),
     "dictionary_learning": Format(
-        ("config.json", "ae.pt"), peers.read_dictionary_learning, peers.write_dictionary_learning
+        ("config.json", "ae.pt"),
+        peers.read_dictionary_learning,
+        peers.write_dictionary_learning,
+        ("relu", "jumprelu", "topk"),
     ),
     "sparsify": Format(
         ("cfg.json", "sae.safetensors"), peers.read_sparsify, peers.write_sparsify, ("topk",)
     ),
     "gemma_scope": Format(
         ("params.npz or params.safetensors",),
-        _read_gemma_scope,
+        lambda folder: _parts(gemma_scope.read(*gemma_scope.find(folder, gemma_scope.Wanted()))),
         _write_gemma_scope,
         ("relu", "jumprelu"),
     ),
     "llama_scope": Format(
-        ("hyperparams.json", "checkpoints/final.safetensors"), peers.read_llama_scope, holds=()
+        ("hyperparams.json", "checkpoints/final.safetensors"), peers.read_llama_scope
     ),
-    "llamascopium": Format(
-        ("config.json", "sae_weights.safetensors"), peers.read_llamascopium, holds=()
-    ),
+    "llamascopium": Format(("config.json", "sae_weights.safetensors"), peers.read_llamascopium),
 }
 """Every format by name."""

@@ -118,6 +118,22 @@ def arrays(sae: SAE) -> Tensors:
     return {name: tensor.detach().float().cpu() for name, tensor in sae.named_parameters()}
 
 
+def renamed(w: Tensors, names: dict[str, str]) -> Tensors:
+    """Arrays by our names. names: ours → theirs, with ".T" behind it where theirs is transposed."""
+    return {
+        ours: w[name.removesuffix(".T")].T if name.endswith(".T") else w[name]
+        for ours, name in names.items()
+    }
+
+
+def renamed_back(w: Tensors, names: dict[str, str]) -> Tensors:
+    """:func:`renamed`, the other way."""
+    return {
+        name.removesuffix(".T"): w[ours].T.contiguous() if name.endswith(".T") else w[ours]
+        for ours, name in names.items()
+    }
+
+
 def origin_of(kept: Any, model_name: Any, hook: Any, architecture: str) -> Origin:
     """What our own export kept, or else what another library says. hook: in TransformerLens's
     names, or None."""

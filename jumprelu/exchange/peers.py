@@ -29,9 +29,18 @@ from .parts import (
     read_pickled,
     read_safetensors,
     read_settings,
+    renamed,
+    renamed_back,
 )
 
-ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+PLAIN = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+LINEAR = {
+    "W_enc": "encoder.weight.T",
+    "b_enc": "encoder.bias",
+    "W_dec": "decoder.weight.T",
+    "b_dec": "b_dec",
+}
+"""Our names, and those of two torch.nn.Linear; see :func:`jumprelu.exchange.parts.renamed`."""
 MOVED = ("its encoder sees x − b_dec: b_dec W_enc added to its bias",)
 
 
@@ -50,18 +59,17 @@ def read_saelens(folder: Path) -> Parts:
         )
     check_shape(folder / "cfg.json", w["W_enc"], config["d_in"], config["d_sae"])
     architecture = config["architecture"]
+    given: dict[str, Any] = {"W_dec": w["W_dec"], "b_dec": w["b_dec"]}
     if architecture == "gated":
-        given = gate(w["W_enc"], w["r_mag"], w["b_gate"], w["b_mag"])
+        given |= gate(w["W_enc"], w["r_mag"], w["b_gate"], w["b_mag"])
     else:
-        given = {"W_enc": w["W_enc"], "b_enc": w["b_enc"]}
+        given |= renamed(w, PLAIN)
     if architecture == "jumprelu":
         given["threshold"] = w["log_threshold"].exp() if "log_threshold" in w else w["threshold"]
     elif architecture == "topk":
         given["k"] = int(config["k"])
-        given["by_norm"] = bool(config.get("rescale_acts_by_decoder_norm"))
     elif architecture in ("batchtopk", "matryoshka_batchtopk"):  # as it is saved in training
         given["threshold"] = w["topk_threshold"]
-        given["by_norm"] = bool(config["rescale_acts_by_decoder_norm"])
     elif architecture not in ("standard", "gated"):
         raise ValueError(
             f"{folder} is a SAELens {architecture!r}, which our form cannot hold: expected "
@@ -74,9 +82,8 @@ def read_saelens(folder: Path) -> Parts:
     trained = trained.replace("standard", "relu").removeprefix("matryoshka_")
     return Parts(
         **given,
-        W_dec=w["W_dec"],
-        b_dec=w["b_dec"],
         b_in=w["b_dec"] if config["apply_b_dec_to_input"] else None,
+        by_norm="topk" in architecture and bool(config.get("rescale_acts_by_decoder_norm")),
         scale=_saelens_scale(folder, config.get("normalize_activations") or "none"),
         origin=origin_of(about.get(OURS), about.get("model_name"), about.get("hook_name"), trained),
     )
@@ -88,11 +95,9 @@ def _saelens_scale(folder: Path, normalisation: str) -> float:
         return 1.0
     if normalisation != "expected_average_only_in":
         raise ValueError(
-            f"{folder} has normalize_activations = {normalisation!r}, which is other arithmetic "
-            "than our form's and cannot be folded into weights: expected 'none' or "
-            "'expected_average_only_in'. SAELens folds 'covariance_whitening' with "
-            "fold_activation_whitening; 'layer_norm' and 'constant_norm_rescale' need an SAE "
-            "trained without them"
+            f"{folder} has normalize_activations = {normalisation!r}, which cannot be folded into "
+            "weights: expected 'none' or 'expected_average_only_in'. SAELens folds "
+            "'covariance_whitening' with fold_activation_whitening; others need another SAE"
         )
     path = folder / "activation_scaler.json"
     factor = read_settings(path).get("scaling_factor") if path.exists() else None
@@ -141,22 +146,19 @@ def write_saelens(sae: SAE, folder: Path) -> tuple[str, ...]:
 # ---- dictionary_learning
 
 
+THRESHOLD = {"threshold": "threshold"}
+GATED = {"W_enc": "encoder.weight.T", "W_dec": "decoder.weight.T", "b_dec": "decoder_bias"}
 CLASSES = {
-    "JumpReluAutoEncoder": "jumprelu",
-    "AutoEncoder": "relu",
-    "AutoEncoderNew": "relu",
-    "GatedAutoEncoder": "gated",
-    "AutoEncoderTopK": "topk",
-    "BatchTopKSAE": "batchtopk",
-    "MatryoshkaBatchTopKSAE": "batchtopk",
+    "JumpReluAutoEncoder": ("jumprelu", PLAIN | THRESHOLD, False),
+    "AutoEncoder": ("relu", LINEAR | {"b_dec": "bias"}, True),
+    "AutoEncoderNew": ("relu", LINEAR | {"b_dec": "decoder.bias"}, False),
+    "GatedAutoEncoder": ("gated", GATED, True),
+    "AutoEncoderTopK": ("topk", LINEAR, True),
+    # a negative threshold was never set: encode() is a ReLU then
+    "BatchTopKSAE": ("batchtopk", LINEAR | THRESHOLD, True),
+    "MatryoshkaBatchTopKSAE": ("batchtopk", PLAIN | THRESHOLD, True),
 }
-"""dictionary_learning's classes, and our names for them."""
-BIASES = {
-    "AutoEncoder": "bias",
-    "AutoEncoderNew": "decoder.bias",
-    "GatedAutoEncoder": "decoder_bias",
-}
-"""What b_dec is called in some of them."""
+"""dictionary_learning's classes: our name, its arrays, and whether its encoder sees x − b_dec."""
 
 
 def read_dictionary_learning(folder: Path) -> Parts:
@@ -165,42 +167,30 @@ def read_dictionary_learning(folder: Path) -> Parts:
     kind = trainer["dict_class"]
     if kind not in CLASSES:
         raise ValueError(f"{folder} has dict_class {kind!r}: expected one of {', '.join(CLASSES)}")
-    if kind in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
-        given = {name: w[name] for name in ARRAYS}
-    else:
-        given = {"W_enc": w["encoder.weight"].T, "W_dec": w["decoder.weight"].T}
-        if kind == "GatedAutoEncoder":
-            given |= gate(given["W_enc"], w["r_mag"], w["gate_bias"], w["mag_bias"])
-        else:
-            given["b_enc"] = w["encoder.bias"]
-        given["b_dec"] = w[BIASES.get(kind, "b_dec")]
-    if kind == "AutoEncoderTopK":
+    architecture, names, moved = CLASSES[kind]
+    given: dict[str, Any] = renamed(w, names)
+    if architecture == "gated":
+        given |= gate(given["W_enc"], w["r_mag"], w["gate_bias"], w["mag_bias"])
+    if architecture == "topk":
         given["k"] = int(w["k"])
-    if kind == "BatchTopKSAE":  # a negative threshold was never set: encode() is a ReLU then
-        given["threshold"] = w["threshold"]
-    if kind not in ("JumpReluAutoEncoder", "AutoEncoderNew"):
-        given["b_in"] = given["b_dec"]
     sizes = trainer["activation_dim"], trainer["dict_size"]
     check_shape(folder / "config.json", given["W_enc"], *sizes)
     site = "resid_post" if str(trainer.get("submodule_name")).startswith("resid_post") else None
-    origin = origin_of(config.get(OURS), trainer.get("lm_name"), site, CLASSES[kind])
-    return Parts(**given, origin=origin._replace(layer=trainer.get("layer")))
+    origin = origin_of(config.get(OURS), trainer.get("lm_name"), site, architecture)
+    origin = origin._replace(layer=trainer.get("layer"))
+    return Parts(**given, b_in=given["b_dec"] if moved else None, origin=origin)
 
 
 def write_dictionary_learning(sae: SAE, folder: Path) -> tuple[str, ...]:
     w, o, kind = arrays(sae), sae.origin, kind_of(sae)
-    linear = {
-        "encoder.weight": w["W_enc"].T.contiguous(),
-        "encoder.bias": w["b_enc"],
-        "decoder.weight": w["W_dec"].T.contiguous(),
-    }
+    # AutoEncoderNew is the ReLU whose encoder sees x, not x − b_dec
     name = {"relu": "AutoEncoderNew", "topk": "AutoEncoderTopK"}.get(kind, "JumpReluAutoEncoder")
-    if kind == "relu":  # AutoEncoderNew is the one whose encoder sees x, not x − b_dec
-        w = linear | {"decoder.bias": w["b_dec"]}
-    elif kind == "topk":
-        linear["encoder.bias"] = _bias_before(w)
-        numbers = {"k": torch.tensor(sae.k, dtype=torch.int), "threshold": torch.tensor(-1.0)}
-        w = linear | {"b_dec": w["b_dec"]} | numbers
+    if kind == "topk":
+        w["b_enc"] = _bias_before(w)
+    tensors = renamed_back(w, CLASSES[name][1])
+    if kind == "topk":
+        tensors["k"] = torch.tensor(sae.k, dtype=torch.int)
+        tensors["threshold"] = torch.tensor(-1.0)
     trainer = {
         "dict_class": name,
         "activation_dim": sae.d_in,
@@ -212,7 +202,7 @@ def write_dictionary_learning(sae: SAE, folder: Path) -> tuple[str, ...]:
         "submodule_name": f"{o.site}_layer_{o.layer}",
     }
     with writing(folder / "ae.pt") as temporary:
-        torch.save(w, temporary)
+        torch.save(tensors, temporary)
     buffer = {"d_submodule": sae.d_in, "ctx_len": None}
     write_json(folder / "config.json", {"trainer": trainer, "buffer": buffer, OURS: o._asdict()})
     return MOVED if kind == "topk" else ()
@@ -226,6 +216,9 @@ def _bias_before(w: Tensors) -> torch.Tensor:
 # ---- sparsify
 
 
+SPARSIFY = LINEAR | {"W_dec": "W_dec"}
+
+
 def read_sparsify(folder: Path) -> Parts:
     config = read_settings(folder / "cfg.json")
     w = read_safetensors(folder / "sae.safetensors")
@@ -236,24 +229,18 @@ def read_sparsify(folder: Path) -> Parts:
                 f"{folder} has {name} = {value!r}, which our form cannot hold: expected "
                 f"{expected!r}"
             )
-    W_enc, b_dec = w["encoder.weight"].T, w["b_dec"]
-    d_sae = config.get("num_latents") or W_enc.shape[1]
-    check_shape(folder / "cfg.json", W_enc, config["d_in"], d_sae)
+    given = renamed(w, SPARSIFY)
+    d_sae = config.get("num_latents") or given["W_enc"].shape[1]
+    check_shape(folder / "cfg.json", given["W_enc"], config["d_in"], d_sae)
     place = re.fullmatch(r"layers\.(\d+)", folder.name)  # the folder is named after the module
     hook = HOOKS["resid_post"].format(place[1]) if place else None
     origin = origin_of(config.get(OURS), None, hook, "topk")
-    k = int(config["k"])
-    return Parts(W_enc, w["encoder.bias"], w["W_dec"], b_dec, b_in=b_dec, k=k, origin=origin)
+    return Parts(**given, b_in=given["b_dec"], k=int(config["k"]), origin=origin)
 
 
 def write_sparsify(sae: SAE, folder: Path) -> tuple[str, ...]:
     w = arrays(sae)
-    tensors = {
-        "encoder.weight": w["W_enc"].T,
-        "encoder.bias": _bias_before(w),
-        "W_dec": w["W_dec"],
-        "b_dec": w["b_dec"],
-    }
+    w["b_enc"] = _bias_before(w)
     config = {
         "activation": "topk",
         "expansion_factor": sae.d_sae // sae.d_in,
@@ -266,7 +253,7 @@ def write_sparsify(sae: SAE, folder: Path) -> tuple[str, ...]:
         "d_in": sae.d_in,
         OURS: sae.origin._asdict(),
     }
-    write_tensors(folder / "sae.safetensors", tensors)
+    write_tensors(folder / "sae.safetensors", renamed_back(w, SPARSIFY))
     write_json(folder / "cfg.json", config)
     return MOVED
 
@@ -323,21 +310,16 @@ def _openmoss(
             f"{folder} has norm_activation = {normalisation!r}, which differs by input and cannot "
             "be folded into weights: expected 'dataset-wise' or 'inference'"
         )
-    if "encoder.weight" in w:
-        W_enc, W_dec = w["encoder.weight"].T, w["decoder.weight"].T
-        b_enc, b_dec = w["encoder.bias"], w.get("decoder.bias")
-    else:
-        W_enc, b_enc, W_dec, b_dec = w["W_E"], w["b_E"], w["W_D"], w.get("b_D")
+    names = LINEAR | {"b_dec": "decoder.bias"}
+    if "encoder.weight" not in w:  # newer versions
+        names = {"W_enc": "W_E", "b_enc": "b_E", "W_dec": "W_D", "b_dec": "b_D"}
     d_in = config["d_model"]
+    given = renamed({names["b_dec"]: torch.zeros(d_in), **w}, names)
     d_sae = config.get("d_sae") or round(d_in * config["expansion_factor"])
-    check_shape(folder, W_enc, d_in, d_sae)
-    b_dec = torch.zeros(d_in) if b_dec is None else b_dec
+    check_shape(folder, given["W_enc"], d_in, d_sae)
     return Parts(
-        W_enc,
-        b_enc,
-        W_dec,
-        b_dec,
-        b_in=b_dec if config.get("apply_decoder_bias_to_pre_encoder") else None,
+        **given,
+        b_in=given["b_dec"] if config.get("apply_decoder_bias_to_pre_encoder") else None,
         scale=average_norm() / d_in**0.5 if normalisation == "dataset-wise" else 1.0,
         by_norm=config.get("sparsity_include_decoder_norm", True),
         origin=origin_of(None, config.get("model_name"), hook, config["act_fn"]),

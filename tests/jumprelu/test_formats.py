@@ -265,7 +265,7 @@ def test_dictionary_learning(kind, x, tmp_path):
     put_dictionary(tmp_path, arrays, kind, k=K)
     sae = read(tmp_path)
     check(sae, acts, acts @ A.T + c, x, factor)
-    assert sae.origin == Origin("gpt2", "resid_post", 2, peers.CLASSES[kind])
+    assert sae.origin == Origin("gpt2", "resid_post", 2, peers.CLASSES[kind][0])
     assert torch.allclose(sae.W_dec.norm(dim=-1), norm if sae.k else torch.ones(F))
 
 
@@ -494,7 +494,7 @@ def test_a_round_trip(architecture, format, x, tmp_path):
     if kind_of(sae) not in FORMATS[format].holds:
         with pytest.raises(
             ValueError,
-            match=f"{format} has no {kind_of(sae)} SAE: it holds .*Choose one of jumprelu, saelens",
+            match=f"{format} has no {kind_of(sae)} SAE: choose one of jumprelu, saelens",
         ):
             write(sae, tmp_path / "sae", format)
         assert not (tmp_path / "sae").exists()
@@ -514,7 +514,7 @@ def test_what_no_format_holds(tmp_path):
     sae.threshold.data += 0.1
     for format in ("saelens", "dictionary_learning", "sparsify"):
         with pytest.raises(
-            ValueError, match="has no topk with thresholds SAE.*Choose one of jumprelu$"
+            ValueError, match="has no topk with thresholds SAE: choose one of jumprelu$"
         ):
             write(sae, tmp_path, format)
     with pytest.raises(
