@@ -5,9 +5,7 @@ Notable here:
   document: tokens of one document are far from independent.
 - FVU is pooled, Σ‖x − x̂‖² / Σ‖x − x̄‖², x̄ the mean of the evaluated activations; not a mean of
   ratios, and not of squared norms.
-- BOS, EOS and pad: their activations are neither replaced nor counted, and a loss is counted
-  neither at them nor for predicting them. "Loss at position t" is the cross-entropy of the token at
-  t + 1.
+- what is replaced and what is counted: see splicing.py.
 """
 
 from __future__ import annotations
@@ -58,135 +56,114 @@ class Report(NamedTuple):
     n_documents: int
 
     def __str__(self) -> str:
-        shown = (
-            "l0",
-            "fvu",
-            "delta_loss",
-            "kl",
-            "loss",
-            "dead",
-            "dense_1",
-            "dense_10",
-            "norm_ratio",
-        )
-        lines = [f"{name:>10}  {getattr(self, name)}" for name in shown]
+        lines = [
+            f"{name:>10}  {value}"
+            for name, value in self._asdict().items()
+            if isinstance(value, Estimate)
+        ]
         return "\n".join(lines + [f"{self.n_tokens} tokens of {self.n_documents} documents"])
 
 
-def fvu(x: torch.Tensor, x_hat: torch.Tensor) -> float:
-    """Pooled Σ‖x − x̂‖² / Σ‖x − x̄‖²; x, x_hat: [n, d_in]. Raises ValueError for differing shapes
-    or constant x."""
-    if x.shape != x_hat.shape:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and x_hat {tuple(x_hat.shape)}: expected the same"
+class _Evaluation:
+    """An SAE at its place, and what its report needs: sums per document, never activations."""
+
+    def __init__(self, sae: SAE, lm: LM, source: Key, place: Key, documents: int):
+        self.sae, self.lm, self.source, self.place = sae, lm, source, place
+        """source: where the SAE reads; place: where it is spliced in."""
+        self.documents = documents
+        self.sums: dict[str, torch.Tensor] = {}
+        self.l0: list[torch.Tensor] = []
+        self.fired = torch.zeros(GROUPS, sae.d_sae, dtype=torch.float64, device=lm.device)
+        self.group_tokens = torch.zeros_like(self.fired[:, 0])
+
+    def add(self, batch: Batch, p: torch.Tensor, log_p: torch.Tensor) -> None:
+        """Splice the SAE in and compare with the model's own probabilities, p = exp(log_p)."""
+        with watch(self.lm, *self.source) as seen:
+            log_q = batch.spliced(*self.place, lambda value: self._reconstruct(batch, seen, value))
+        self._add_sums(
+            batch.counted_document,
+            predicted=torch.ones_like(batch.target),
+            loss=batch.losses(log_p),
+            spliced=batch.losses(log_q),
+            kl=torch.linalg.vecdot(p, log_p - log_q),
         )
-    x, x_hat = x.double(), x_hat.double()
-    variance = (x - x.mean(0)).square().sum()
-    if not variance > 0:
-        raise ValueError(
-            "the activations do not vary, so FVU is not defined: give more than one distinct row"
-        )
-    return ((x - x_hat).square().sum() / variance).item()
 
-
-class _Sums:
-    """Sums per document of what the ratios need; only [documents, d_in] is kept, never
-    activations."""
-
-    def __init__(self, documents: int, d_in: int, d_sae: int, device: torch.device):
-        def zeros(*shape):
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
-
-        self.tokens, self.active, self.error, self.square = (zeros(documents) for _ in range(4))
-        self.predicted, self.loss, self.spliced, self.kl = (zeros(documents) for _ in range(4))
-        self.hat_square, self.cross = zeros(documents), zeros(documents)
-        self.x, self.x_hat = zeros(documents, d_in), zeros(documents, d_in)
-        self.fired, self.group_tokens = zeros(GROUPS, d_sae), zeros(GROUPS)
-
-    def add_activations(
-        self, x: torch.Tensor, x_hat: torch.Tensor, acts: torch.Tensor, document: torch.Tensor
+    def _reconstruct(
+        self, batch: Batch, seen: list[torch.Tensor], value: torch.Tensor
     ) -> torch.Tensor:
-        """acts: a sparse tensor [tokens, d_sae]; document: [tokens]. Returns L0 of each token."""
-        x, x_hat = x.double(), x_hat.double()
+        """What takes the place of `value`, entered in the sums on the way. seen: what the SAE
+        reads, [rows, positions, d_in], when the pass comes to the splice."""
+        sae, document = self.sae, batch.document[batch.keep]
+        source, target = seen[0][batch.keep].to(sae.dtype), value.to(sae.dtype)
+        acts = sae.encode(source, sparse=True)
+        reconstruction = sae.decode(acts)
+        if getattr(sae, "W_skip", None) is not None:
+            reconstruction = reconstruction + source @ sae.W_skip
         token, latent = acts.indices()
-        l0 = torch.bincount(token, minlength=len(x))
-        self.tokens.index_add_(0, document, torch.ones_like(document, dtype=torch.float64))
-        self.active.index_add_(0, document, l0.double())
-        self.error.index_add_(0, document, (x - x_hat).square().sum(-1))
-        self.square.index_add_(0, document, x.square().sum(-1))
-        self.hat_square.index_add_(0, document, x_hat.square().sum(-1))
-        self.cross.index_add_(0, document, (x * x_hat).sum(-1))
-        self.x.index_add_(0, document, x)
-        self.x_hat.index_add_(0, document, x_hat)
-        group, d_sae = document % GROUPS, self.fired.shape[1]
-        self.fired += torch.bincount(group[token] * d_sae + latent, minlength=GROUPS * d_sae).view(
-            GROUPS, d_sae
+        l0 = torch.bincount(token, minlength=len(target))
+        self.l0.append(l0.cpu())
+        x, x_hat = target.double(), reconstruction.double()
+        self._add_sums(
+            document,
+            tokens=torch.ones_like(document),
+            active=l0,
+            error=(x - x_hat).square().sum(-1),
+            square=x.square().sum(-1),
+            hat_square=x_hat.square().sum(-1),
+            cross=(x * x_hat).sum(-1),
+            x=x,
+            x_hat=x_hat,
         )
+        group = document % GROUPS
+        fired = torch.bincount(group[token] * sae.d_sae + latent, minlength=GROUPS * sae.d_sae)
+        self.fired += fired.view(GROUPS, sae.d_sae)
         self.group_tokens += torch.bincount(group, minlength=GROUPS)
-        return l0
+        return reconstruction
 
-    def report(self, l0_per_token: torch.Tensor) -> Report:
-        used = self.tokens > 0
-        n, mean, mean_hat = (
-            self.tokens[used],
-            self.x.sum(0) / self.tokens.sum(),
-            self.x_hat.sum(0) / self.tokens.sum(),
-        )
+    def _add_sums(self, document: torch.Tensor, **values: torch.Tensor) -> None:
+        """values: of each token, [tokens] or [tokens, d_in]; document: of each, [tokens]."""
+        for name, value in values.items():
+            value = value.double()
+            if name not in self.sums:
+                self.sums[name] = value.new_zeros(self.documents, *value.shape[1:])
+            self.sums[name].index_add_(0, document, value)
+
+    def report(self) -> Report:
+        """Raises ValueError if nothing was evaluated, or the activations do not vary."""
+        tokens = self.sums["tokens"]
+        used = tokens > 0
+        if not used.any():
+            raise ValueError("every token is a special one (BOS, EOS or pad): nothing to evaluate")
+        if not self.sums["predicted"].sum() > 0:
+            raise ValueError(
+                "no two neighbouring tokens are both not special: there is no loss to compare; "
+                "give longer rows"
+            )
+        mean = self.sums["x"].sum(0) / tokens.sum()
+        mean_hat = self.sums["x_hat"].sum(0) / tokens.sum()
+        of = {name: value[used] for name, value in self.sums.items()}
+        n, x, x_hat = of["tokens"], of["x"], of["x_hat"]
         # Σ(x − x̄)·(x̂ − x̄̂) and its like, from sums alone
-        variance = self.square[used] - 2 * self.x[used] @ mean + n * mean.square().sum()
-        hat_variance = (
-            self.hat_square[used] - 2 * self.x_hat[used] @ mean_hat + n * mean_hat.square().sum()
-        )
-        covariance = (
-            self.cross[used]
-            - self.x[used] @ mean_hat
-            - self.x_hat[used] @ mean
-            + n * (mean @ mean_hat)
-        )
-        predicted = self.predicted[used]
+        variance = of["square"] - 2 * x @ mean + n * mean.square().sum()
+        hat_variance = of["hat_square"] - 2 * x_hat @ mean_hat + n * mean_hat.square().sum()
+        covariance = of["cross"] - x @ mean_hat - x_hat @ mean + n * (mean @ mean_hat)
         if not variance.sum() > 0:
             raise ValueError("the activations do not vary, so FVU is not defined: give more tokens")
-
-        def shares(*bounds):
-            return share_estimate(self.fired, self.group_tokens, *bounds)
-
         return Report(
-            l0=ratio_estimate(self.active[used], n),
-            fvu=ratio_estimate(self.error[used], variance),
-            delta_loss=ratio_estimate((self.spliced - self.loss)[used], predicted),
-            kl=ratio_estimate(self.kl[used], predicted),
-            loss=ratio_estimate(self.loss[used], predicted),
-            dead=shares(-1.0, 0.0),
-            dense_1=shares(0.01),
-            dense_10=shares(0.1),
+            l0=ratio_estimate(of["active"], n),
+            fvu=ratio_estimate(of["error"], variance),
+            delta_loss=ratio_estimate(of["spliced"] - of["loss"], of["predicted"]),
+            kl=ratio_estimate(of["kl"], of["predicted"]),
+            loss=ratio_estimate(of["loss"], of["predicted"]),
+            dead=share_estimate(self.fired, self.group_tokens, -1.0, 0.0),
+            dense_1=share_estimate(self.fired, self.group_tokens, 0.01),
+            dense_10=share_estimate(self.fired, self.group_tokens, 0.1),
             norm_ratio=ratio_estimate(covariance, hat_variance),
             frequency=(self.fired.sum(0) / self.group_tokens.sum()).float().cpu(),
-            l0_per_token=l0_per_token,
+            l0_per_token=torch.cat(self.l0),
             n_tokens=int(n.sum()),
             n_documents=int(used.sum()),
         )
-
-
-class _Reconstruct(NamedTuple):
-    """What takes the activations' place, and is entered in the sums on the way."""
-
-    sae: SAE
-    seen: list[torch.Tensor]
-    """What the SAE reads: [rows, positions, d_in], when the pass comes to the splice."""
-    batch: Batch
-    sums: _Sums
-    l0: list[torch.Tensor]
-
-    def __call__(self, value: torch.Tensor) -> torch.Tensor:
-        sae, keep = self.sae, self.batch.keep
-        x, target = self.seen[0][keep].to(sae.dtype), value.to(sae.dtype)
-        acts = sae.encode(x, sparse=True)
-        x_hat = sae.decode(acts)
-        if getattr(sae, "W_skip", None) is not None:
-            x_hat = x_hat + x @ sae.W_skip
-        document = self.batch.document[keep]
-        self.l0.append(self.sums.add_activations(target, x_hat, acts, document).cpu())
-        return x_hat
 
 
 def evaluate(
@@ -227,50 +204,35 @@ def evaluate_many(
     """:func:`evaluate` of several SAEs, whatever their sites and widths. The model's own pass is
     computed once for all, and each spliced one from the SAE's place on."""
     tokens = as_tokens(tokens)
-    read = [_place(sae, lm, tokens, site, layer) for sae in saes]
+    sources = [_source(sae, lm, tokens, site, layer) for sae in saes]
     places = [
-        ("mlp_out", place[1]) if isinstance(sae, Transcoder) else place
-        for sae, place in zip(saes, read, strict=True)
+        ("mlp_out", source[1]) if isinstance(sae, Transcoder) else source
+        for sae, source in zip(saes, sources, strict=True)
     ]
     splicer = Splicer(lm, tokens, places, batch_rows=batch_rows)
-    saes = [on_device(sae, lm.device) for sae in saes]
-    sums = [_Sums(splicer.n_documents, sae.d_in, sae.d_sae, lm.device) for sae in saes]
-    l0_per_token: list[list[torch.Tensor]] = [[] for _ in saes]
+    evaluations = [
+        _Evaluation(on_device(sae, lm.device), lm, source, place, splicer.n_documents)
+        for sae, source, place in zip(saes, sources, places, strict=True)
+    ]
     for batch, log_p in splicer:
-        p, loss = log_p.exp(), batch.losses(log_p).double()
-        owners = batch.counted_document
-        ones = torch.ones_like(owners, dtype=torch.float64)
-        for sae, source, place, own, l0 in zip(saes, read, places, sums, l0_per_token, strict=True):
-            with watch(lm, *source) as seen:
-                reconstruct = _Reconstruct(sae, seen, batch, own, l0)
-                log_q = batch.spliced(*place, reconstruct)
-            own.predicted.index_add_(0, owners, ones)
-            own.loss.index_add_(0, owners, loss)
-            own.spliced.index_add_(0, owners, batch.losses(log_q).double())
-            own.kl.index_add_(0, owners, torch.linalg.vecdot(p, log_p - log_q).double())
-    if saes and not sums[0].tokens.sum() > 0:
-        raise ValueError("every token is a special one (BOS, EOS or pad): nothing to evaluate")
-    if saes and not sums[0].predicted.sum() > 0:
-        raise ValueError(
-            "no two neighbouring tokens are both not special: there is no loss to "
-            "compare; give longer rows"
-        )
-    return [own.report(torch.cat(l0)) for own, l0 in zip(sums, l0_per_token, strict=True)]
+        p = log_p.exp()
+        for one in evaluations:
+            one.add(batch, p, log_p)
+    return [one.report() for one in evaluations]
 
 
-def _place(sae: SAE, lm: LM, tokens: Tokens, site: str | None, layer: int | None) -> Key:
-    """Where an SAE belongs, checked against the model."""
+def _source(sae: SAE, lm: LM, tokens: Tokens, site: str | None, layer: int | None) -> Key:
+    """Where an SAE reads, checked against the model."""
     site, layer = place_of(sae, site, layer)
     lm.check_ids(tokens.ids)
     if isinstance(sae, Transcoder) and site not in INPUTS:
         raise ValueError(
             f"a transcoder reads {' or '.join(INPUTS)}, not {site}: give evaluate(..., site=...)"
         )
-    width = capture(lm, [(site, layer)], tokens.ids[:1, :2].to(lm.device))[site, layer].shape[-1]
+    width = capture(lm, [(site, layer)], tokens.ids[:1, :2])[site, layer].shape[-1]
     if width != sae.d_in:
         raise ValueError(
             f"{site} of layer {layer} of {lm.name} has width {width}, the SAE expects "
-            f"d_in = {sae.d_in}: "
-            "wrong site, layer or model"
+            f"d_in = {sae.d_in}: wrong site, layer or model"
         )
     return site, layer

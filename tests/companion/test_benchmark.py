@@ -15,12 +15,11 @@ from companion.speed import benchmark, quality, trainers
 from companion.speed.benchmark import COLUMNS
 from companion.speed.neighbour import neighbour_table
 from companion.speed.peers import DISTRIBUTIONS, in_our_form, peer_trainer, version
-from companion.speed.quality import OURS, synthetic_activations
+from companion.speed.quality import OURS, fvu, synthetic_activations
 from companion.speed.trainers import BASELINE, FLOOR, QUICK_SIZES, Pool, Size, System
 
 from jumprelu.architectures import Trainee
 from jumprelu.files import read_json
-from jumprelu.metrics import fvu
 from jumprelu.recipe import TrainConfig
 
 MODULES = {

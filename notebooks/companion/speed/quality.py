@@ -24,7 +24,6 @@ from jumprelu.activations import Activations, activations_from_tensor
 from jumprelu.corpus import load_texts, tokenize
 from jumprelu.harvest import harvest
 from jumprelu.lm import load_lm
-from jumprelu.metrics import fvu
 from jumprelu.recipe import TrainConfig
 from jumprelu.sae import SAE
 from jumprelu.train import train
@@ -202,6 +201,12 @@ def make_plan(settings: tuple[Setting, ...], quick: bool = False) -> Plan:
         each._replace(batch_size=64, sparsities=each.sparsities[:1], seeds=1) for each in settings
     )
     return Plan(settings, data="synthetic", d_sae=64, tokens=2048, train_rows=8, test_rows=1)
+
+
+def fvu(x: torch.Tensor, x_hat: torch.Tensor) -> float:
+    """Pooled Σ‖x − x̂‖² / Σ‖x − x̄‖²; x, x_hat: [n, d_in]."""
+    x, x_hat = x.double(), x_hat.double()
+    return ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item()
 
 
 def scored(sae: SAE, test: Activations, seconds: float) -> dict[str, float]:
