@@ -14,15 +14,15 @@ which predict mlp_out, read
 
 All are [batch, positions, d_model] but attn_out, which is [batch, positions, n_heads · head_dim].
 
-Notable here:
-- a layout is four names of modules. A model whose blocks have other children is refused, with the
-  list of what was found: a hook in the wrong place would give numbers that look right.
-- `capture` stops the forward pass at the last module it needs.
+A model whose blocks have other children than its family's is refused, with the list of what was
+found: a hook in the wrong place would give numbers that look right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -90,28 +90,18 @@ def capture(lm: LM, wanted: Iterable[Key], ids: torch.Tensor) -> dict[Key, torch
             "nothing to capture: give at least one (site, layer), such as ('resid_post', 3)"
         )
     ids = lm.check_ids(ids)
-    places = [locate(lm, site, layer) for site, layer in keys]
     found: dict[Key, torch.Tensor] = {}
-    handles = []
 
-    def keeper(key: Key) -> Callable[[torch.Tensor], None]:
-        def keep(value: torch.Tensor) -> None:
-            found[key] = value
-            if len(found) == len(keys):
-                raise _Stop
+    def keep(key: Key, value: torch.Tensor) -> None:
+        found[key] = value
+        if len(found) == len(keys):
+            raise _Stop
 
-        return keep
-
-    try:
-        for key, place in zip(keys, places, strict=True):
-            handles.append(attach(place, keeper(key)))
-        with torch.no_grad():
+    with ExitStack() as hooks:
+        for key in keys:
+            hooks.enter_context(attach(locate(lm, *key), partial(keep, key)))
+        with suppress(_Stop), torch.no_grad():
             lm.model(input_ids=ids, use_cache=False)
-    except _Stop:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return {key: found[key] for key in keys}
 
 
@@ -142,49 +132,41 @@ def locate(lm: LM, site: str, layer: int) -> Place:
         return Place(block.mlp, is_input=True)
     if site == "mlp_in_before_gain":
         norm = getattr(block, "pre_feedforward_layernorm", None)
-        if type(norm).__name__ not in (
-            "Gemma2RMSNorm",
-            "Gemma3RMSNorm",
-        ):  # whose gain is 1 + weight
+        if type(norm).__name__ not in ("Gemma2RMSNorm", "Gemma3RMSNorm"):
             raise ValueError(
                 f"mlp_in_before_gain is a site of Gemma 2 and Gemma 3, and {lm.name} is "
                 "neither: take mlp_in"
             )
-        return Place(block.mlp, is_input=True, gain=1 + norm.weight.detach().float())
-    return Place(
-        next(getattr(block, name) for name in layout.mlp if hasattr(block, name)), is_input=False
-    )
+        gain = 1 + norm.weight.detach().float()  # of these two norms; others have it as weight
+        return Place(block.mlp, is_input=True, gain=gain)
+    module = next(getattr(block, name) for name in layout.mlp if hasattr(block, name))
+    return Place(module, is_input=False)
 
 
 def family_of(model: torch.nn.Module) -> tuple[Family, torch.nn.ModuleList]:
     """The layout of `model`, and its blocks."""
     for layout in FAMILIES.values():
         blocks = _child(model, layout.blocks)
-        if isinstance(blocks, torch.nn.ModuleList) and all(
-            _fits(block, layout) for block in blocks
-        ):
+        is_list = isinstance(blocks, torch.nn.ModuleList)
+        if is_list and all(_fits(block, layout) for block in blocks):
             return layout, blocks
-    lists = [
-        (name, module)
+    found = [
+        f"  {name}: {len(module)} × {type(module[0]).__name__} with {_names(module[0])}"
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.ModuleList) and len(module)
     ]
-    found = [
-        f"{name}: {len(blocks)} × {type(blocks[0]).__name__} with "
-        + ", ".join(dict(blocks[0].named_children()))
-        for name, blocks in lists
-    ] or ["no list of blocks, but " + ", ".join(dict(model.named_children()))]
     known = [
-        f"{family}: {x.blocks} with {', '.join(x.children)}, and {x.projection}"
+        f"  {family}: {x.blocks} with {', '.join(x.children)}, and {x.projection}"
         for family, x in FAMILIES.items()
     ]
-    raise ValueError(
-        f"unknown layout of {type(model).__name__}.\nFound:\n  "
-        + "\n  ".join(found)
-        + "\nKnown:\n  "
-        + "\n  ".join(known)
-        + "\nA new family is one more entry of jumprelu.sites.FAMILIES."
-    )
+    lines = [f"unknown layout of {type(model).__name__}.", "Found:"]
+    lines += found or [f"  no list of blocks, but {_names(model)}"]
+    lines += ["Known:", *known, "A new family is one more entry of jumprelu.sites.FAMILIES."]
+    raise ValueError("\n".join(lines))
+
+
+def _names(module: torch.nn.Module) -> str:
+    return ", ".join(name for name, _ in module.named_children())
 
 
 def _child(module: torch.nn.Module, path: str) -> torch.nn.Module | None:
@@ -223,8 +205,6 @@ def attach(
         new = fn(output[0])
         return None if new is None else (new, *output[1:])
 
-    return (
-        place.module.register_forward_pre_hook(before)
-        if place.is_input
-        else place.module.register_forward_hook(after)
-    )
+    if place.is_input:
+        return place.module.register_forward_pre_hook(before)
+    return place.module.register_forward_hook(after)

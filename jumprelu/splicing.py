@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from .corpus import Tokens, as_tokens
+from .corpus import Tokens, as_tokens, described
 from .lm import LM
 from .sae import SAE
 from .sites import Key, attach, family_of, locate
@@ -87,12 +88,9 @@ class Batch:
             return value.index_put((self.keep,), replace(value[self.keep]).to(value))
 
         known = known_before(site, layer)
-        if known not in self._blocks:
-            known = -1
-        with (
-            splice(self.lm, site, layer, fn),
-            resume_after(self.lm, known, self._blocks.get(known)),
-        ):
+        known = known if known in self._blocks else -1
+        resumed = resume_after(self.lm, known, self._blocks.get(known))
+        with splice(self.lm, site, layer, fn), resumed:
             return self._log_probabilities()
 
     def losses(self, log_p: torch.Tensor) -> torch.Tensor:
@@ -159,27 +157,15 @@ def splice(
 
     def replace(value: torch.Tensor) -> torch.Tensor:
         new = fn(value)
-        if (
-            not isinstance(new, torch.Tensor)
-            or new.shape != value.shape
-            or new.dtype != value.dtype
-        ):
-            given = (
-                f"{tuple(new.shape)} of {new.dtype}"
-                if isinstance(new, torch.Tensor)
-                else type(new).__name__
-            )
+        if described(new) != described(value):
             raise ValueError(
-                f"the function spliced in at {site}, layer {layer}, returned {given}, expected the "
-                f"shape and dtype of its argument: {tuple(value.shape)} of {value.dtype}"
+                f"the function spliced in at {site}, layer {layer}, returned {described(new)}, "
+                f"expected the shape and dtype of its argument: {described(value)}"
             )
         return new
 
-    handle = attach(locate(lm, site, layer), replace)
-    try:
+    with attach(locate(lm, site, layer), replace):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -191,11 +177,8 @@ def watch(lm: LM, site: str, layer: int) -> Iterator[list[torch.Tensor]]:
     def keep(value: torch.Tensor) -> None:
         seen[:] = [value]
 
-    handle = attach(locate(lm, site, layer), keep)
-    try:
+    with attach(locate(lm, site, layer), keep):
         yield seen
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -205,18 +188,13 @@ def record_blocks(lm: LM, layers: Iterable[int]) -> Iterator[dict[int, Any]]:
     _, blocks = family_of(lm.model)
     found: dict[int, Any] = {}
 
-    def keeper(layer: int) -> Callable[..., None]:
-        def keep(module: torch.nn.Module, args: tuple, output: Any) -> None:
-            found[layer] = output
+    def keep(layer: int, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        found[layer] = output
 
-        return keep
-
-    handles = [blocks[layer].register_forward_hook(keeper(layer)) for layer in set(layers)]
-    try:
+    with ExitStack() as stack:
+        for layer in set(layers):
+            stack.enter_context(blocks[layer].register_forward_hook(partial(keep, layer)))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
