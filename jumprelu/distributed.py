@@ -8,19 +8,16 @@ Notable here:
   latents: arrays, gradients, Adam's moments and counters.
 - a latent of JumpReLU, ReLU and Gated is active or not by itself. So shards of latents exchange one
   partial reconstruction (Gated: two) and one L0 a token, and what b_dec gets through the encoder.
-  TopK ranks all latents of a token, and can be dealt out by tokens only.
 - sums over latents, and means over tokens, are taken by the layout of a pass. :class:`Sharded` is a
   layout whose sums go on over the mesh; architectures and losses know nothing of this module.
-- a checkpoint is gathered by the first process and written as one process would write it. So it can
-  be resumed on any mesh whose sizes divide the latents and the batch.
-- only the first process writes files: on several nodes, they must be on a file system of all.
+- only the first process writes files, checkpoints as one process would write them: they can be
+  resumed on any mesh. On several nodes, files must be on a file system of all.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +25,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -46,14 +42,19 @@ ACROSS_LATENTS = ("l1", "l0", "l0_target", "l0_target_batch", "l0_quadratic", "t
 """Losses of sums over a token's latents."""
 
 
+def _summed(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = part.contiguous().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
 class _Total(torch.autograd.Function):
     """Sum over a group, or its mean. What follows is computed by all of them alike, so the gradient
     of each part is that of the sum; of a mean, gradients are averaged in the end."""
 
     @staticmethod
-    def forward(ctx, part, group, mean=False):
-        total = part.contiguous().clone()
-        dist.all_reduce(total, group=group)
+    def forward(ctx, part, group, mean):
+        total = _summed(part, group)
         return total / dist.get_world_size(group) if mean else total
 
     @staticmethod
@@ -74,9 +75,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
+        return _summed(gradient, ctx.group), None
 
 
 class Sharded:
@@ -99,11 +98,12 @@ class Sharded:
         return self._total(self.inner.per_token(entries))
 
     def per_latent(self, entries: Tensor) -> Tensor:
-        mean = self.inner.per_latent(entries)
-        return _Total.apply(mean, self.team.group("data"), True) if self.team.data > 1 else mean
+        return self._total(self.inner.per_latent(entries), "data", mean=True)
 
-    def _total(self, part: Tensor) -> Tensor:
-        return _Total.apply(part, self.team.group("latents")) if self.team.latents > 1 else part
+    def _total(self, part: Tensor, which: str = "latents", mean: bool = False) -> Tensor:
+        if self.team.size(which) == 1:
+            return part
+        return _Total.apply(part, self.team.group(which), mean)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Team:
 
     def size(self, which: str) -> int:
         """Processes along "data" or "latents". Local."""
-        return self.mesh.size(self.mesh.mesh_dim_names.index(which)) if self.mesh else 1
+        return self.mesh[which].size() if self.mesh else 1
 
     def rank(self, which: str) -> int:
         """This process's place along "data" or "latents". Local."""
@@ -136,18 +136,16 @@ class Team:
     def check(self, config: TrainConfig) -> None:
         """Raise ValueError for a configuration that cannot be trained on this team, saying what
         would do. Local."""
-        problem = None
+        loss, problem = config.loss, None
         if self.latents > 1 and config.architecture in ("topk", "batchtopk"):
             problem = f"{config.architecture} ranks the latents of a token: take 1 along latents"
-        elif self.latents > 1 and config.loss not in ACROSS_LATENTS:
+        elif self.latents > 1 and loss not in ACROSS_LATENTS:
             known = ", ".join(ACROSS_LATENTS)
-            problem = f"loss {config.loss!r}: expected one of {known}, or 1 along latents"
+            problem = f"loss {loss!r}: expected one of {known}, or 1 along latents"
         elif config.d_sae % self.latents:
             problem = f"d_sae = {config.d_sae}: expected a multiple of {self.latents}"
-        elif self.data > 1 and config.architecture == "batchtopk":
-            problem = "batchtopk ranks a whole batch: take 1 along data"
-        elif self.data > 1 and config.loss == "l0_target_batch":
-            problem = f"loss {config.loss!r} is no mean over tokens: take 1 along data"
+        elif self.data > 1 and (config.architecture == "batchtopk" or loss == "l0_target_batch"):
+            problem = "batchtopk and l0_target_batch need a whole batch: take 1 along data"
         elif config.batch_size % self.data:
             problem = f"batch_size = {config.batch_size}: expected a multiple of {self.data}"
         elif not self.alone and config.resample:
@@ -170,25 +168,20 @@ class Team:
     def mean(self, tensor: Tensor) -> Tensor:
         """Mean over `data`, in place where it can be."""
         if self.data > 1:
-            tensor = tensor if tensor.is_contiguous() else tensor.contiguous()
+            tensor = tensor.contiguous()
             dist.all_reduce(tensor, group=self.group("data"))
             tensor /= self.data
         return tensor
 
-    def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """From gradients of means over one process's tokens to those over the batch."""
-        if self.data == 1:
-            return
-        for parameter in parameters:
-            if (grad := parameter.grad) is not None:
+    def reduce_gradients(self, module: torch.nn.Module) -> None:
+        """From gradients of means over one process's tokens to those over the batch; and that of
+        b_dec, which all shards of latents have, to the same bits in all."""
+        for parameter in module.parameters():
+            if self.data > 1 and (grad := parameter.grad) is not None:
                 by_latent = grad.ndim == 2 and grad.stride(0) < grad.stride(1)
                 parameter.grad = self.mean(grad.T).T if by_latent else self.mean(grad)
-
-    def broadcast_gradient(self, parameter: torch.nn.Parameter) -> None:
-        """One gradient for a parameter that all shards of latents have, where sums may have been
-        taken in different orders."""
         if self.latents > 1:
-            dist.broadcast(parameter.grad, group=self.group("latents"), group_src=0)
+            dist.broadcast(module.b_dec.grad, group=self.group("latents"), group_src=0)
 
     # ---- latents
 
@@ -200,21 +193,12 @@ class Team:
         return tensor
 
     def local_latents(self, name: str, tensor: Tensor) -> Tensor:
-        """This process's latents of a tensor of all; name: see :func:`latent_dim`. Local."""
+        """This process's latents of a tensor of all, in memory of their own; name: see
+        :func:`latent_dim`. Local."""
         dim = latent_dim(name)
         if self.latents == 1 or dim is None:
             return tensor
-        return tensor.chunk(self.latents, dim)[self.rank("latents")]
-
-    def read(self, file: safe_open, name: str) -> Tensor:
-        """:meth:`local_latents` of a tensor in an open file; the rest is not read. Local."""
-        dim = latent_dim(name)
-        if self.latents == 1 or dim is None:
-            return file.get_tensor(name)
-        stored = file.get_slice(name)
-        size = stored.get_shape()[dim] // self.latents
-        part = slice(self.rank("latents") * size, (self.rank("latents") + 1) * size)
-        return stored[part] if dim == 0 else stored[:, part]
+        return tensor.chunk(self.latents, dim)[self.rank("latents")].clone()
 
     @torch.no_grad()
     def gather(self, name: str, tensor: Tensor) -> Tensor:
@@ -290,8 +274,7 @@ def shard(module: torch.nn.Module, team: Team) -> None:
     """Keep of a module's parameters and buffers this process's latents alone."""
     if team.latents > 1:
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            part = team.local_latents(name, tensor.data)
-            tensor.data = part.clone(memory_format=torch.preserve_format)
+            tensor.data = team.local_latents(name, tensor.data)
 
 
 def start(latents: int = 1, device: str | None = None) -> Team:
@@ -319,8 +302,8 @@ def start(latents: int = 1, device: str | None = None) -> Team:
     one_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if one_store and os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun keeps one store for all attempts: without a prefix, a restarted process may find
-        # the addresses of the dead. Several nodes do not count their attempts together; there,
-        # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has torchrun make new stores
+        # the addresses of the dead. Several nodes do not count their attempts together: set
+        # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(*address, is_master=False, timeout=PATIENCE)
         store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)

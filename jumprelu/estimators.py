@@ -6,14 +6,11 @@
 (Rajamanoharan et al. 2024, arXiv 2407.14435, the section on training.) K is a kernel that
 integrates to 1, ε its bandwidth. Both functions are piecewise constant in θ, so their true
 derivative says nothing; averaged over a batch, the pseudo-derivatives are a kernel density estimate
-of the derivative of the *expected* loss.
+of the derivative of the *expected* loss. No pseudo-gradient reaches z, so the L0 penalty trains
+thresholds only; `ste_to_z=True` adds the term that is left out, for an ablation.
 
-Notable here:
-- no pseudo-gradient reaches z, so the L0 penalty trains thresholds only. `ste_to_z=True` adds the
-  term that is left out, for the ablation that shows what it does.
-- a pseudo-derivative has no derivative of its own: create_graph=True is an error.
-- comparisons are written as ones and zeros of z's own type, in place: booleans would be several
-  times as slow on a CPU.
+Comparisons are written as ones and zeros of z's own type, in place: booleans would be several times
+as slow on a CPU.
 """
 
 from __future__ import annotations
@@ -29,21 +26,26 @@ REACH = {"rectangle": 0.5, "triangular": 1.0, "gaussian": 9.0, "epanechnikov": 1
 KERNELS = tuple(REACH)
 
 
+def check_kernel(name: str) -> None:
+    """Raise ValueError for a name that is not in `KERNELS`."""
+    if name not in KERNELS:
+        raise ValueError(f"unknown kernel {name!r}: expected one of {', '.join(KERNELS)}")
+
+
 def kernel(u: Tensor, name: str = "rectangle") -> Tensor:
     """K(u), a density: non-negative, symmetric, integral 1; same shape as `u`.
 
     rectangle: H(u + ½) − H(u − ½), the paper's choice; triangular: (1 − |u|)₊; epanechnikov: ¾(1 −
     u²)₊; gaussian: exp(−u²/2)/√(2π). Raises ValueError for another name.
     """
+    check_kernel(name)
     if name == "rectangle":
         return u.abs().lt_(0.5)
     if name == "triangular":
         return (1 - u.abs()).clamp_min(0)
     if name == "epanechnikov":
         return 0.75 * (1 - u * u).clamp_min(0)
-    if name == "gaussian":
-        return torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
-    raise ValueError(f"unknown kernel {name!r}: expected one of {', '.join(KERNELS)}")
+    return torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
 
 
 @torch.no_grad()
@@ -100,28 +102,22 @@ class _Step(torch.autograd.Function):
         return spike if ste_to_z else None, -_sum_to(spike, threshold.shape), None, None, None
 
 
-def _fits(shape: torch.Size, z: Tensor) -> bool:
-    try:
-        return shape == z.shape or torch.broadcast_shapes(z.shape, shape) == z.shape
-    except RuntimeError:
-        return False
-
-
 def _checked(threshold: Tensor | float, bandwidth: float, kernel_name: str, z: Tensor) -> Tensor:
     if not bandwidth > 0:
         raise ValueError(
             f"bandwidth must be above 0, got {bandwidth}: the paper uses 0.001 for inputs with "
             "E‖x‖² = 1"
         )
-    if kernel_name not in KERNELS:
-        raise ValueError(f"unknown kernel {kernel_name!r}: expected one of {', '.join(KERNELS)}")
+    check_kernel(kernel_name)
     if not isinstance(threshold, Tensor):
         threshold = torch.tensor(threshold, dtype=z.dtype, device=z.device)
-    if not _fits(threshold.shape, z):
+    try:
+        threshold.expand(z.shape)
+    except RuntimeError as error:
         raise ValueError(
             f"threshold of shape {tuple(threshold.shape)} does not fit pre-activations of shape "
             f"{tuple(z.shape)}: expected [d_sae] (one threshold a latent) or a scalar"
-        )
+        ) from error
     return threshold
 
 

@@ -23,10 +23,7 @@ def reconstruction(x: Tensor, x_hat: Tensor) -> Tensor:
 
 def l1(acts: Tensor, norms: Tensor, layout: Layout = DENSE) -> Tensor:
     """Σ_i f_i‖d_i‖: the reparameterisation-invariant L1 (RI-L1) of the paper's Gated and ReLU
-    baselines; with unit-norm atoms, the plain L1 norm.
-
-    acts: [batch, d_sae], non-negative; norms: [d_sae], ‖d_i‖.
-    """
+    baselines. acts: [batch, d_sae], non-negative; norms: [d_sae], ‖d_i‖."""
     return layout.per_token(acts * layout.at(norms)).mean()
 
 
@@ -39,11 +36,8 @@ def l0(
     layout: Layout = DENSE,
 ) -> Tensor:
     """‖f‖₀ per token, [batch], differentiable in the threshold (Rajamanoharan et al. 2024, the
-    loss).
-
-    The step is applied to the pre-activations [batch, d_sae], never to the activations: those have
-    already jumped, and half of the window would be empty.
-    """
+    loss). pre: [batch, d_sae]; activations would not do: those have already jumped, and half of the
+    window would be empty."""
     return layout.per_token(step(pre, threshold, bandwidth, kernel, ste_to_z))
 
 
@@ -62,13 +56,11 @@ def l0_quadratic(l0: Tensor, target: float) -> Tensor:
 
 
 def frequency_penalty(active: Tensor, reference: float, layout: Layout = DENSE) -> Tensor:
-    """Σ_i ω_i(1 + ω_i/ω₀), ω_i the share of the batch on which latent i is active: quadratic in
-    frequency.
+    """Σ_i ω_i(1 + ω_i/ω₀), ω_i the share of the batch on which latent i is active: a latent that
+    fires on more than ω₀ = `reference` of the tokens is dearer than several rare ones.
 
-    L0 is Σ ω_i: it fixes the mean frequency and not the spread. The quadratic term makes a latent
-    that fires on more than ω₀ = `reference` of the tokens dearer than several rare ones. active:
-    output of :func:`jumprelu.step`, [batch, d_sae]. The idea is from a later note of the paper's
-    group; the form is ours.
+    active: output of :func:`jumprelu.step`, [batch, d_sae]. The idea is from a later note of the
+    paper's group; the form is ours.
     """
     frequency = layout.per_latent(active)
     return (frequency * (1 + frequency / reference)).sum()
@@ -82,14 +74,12 @@ def tanh_penalty(acts: Tensor, norms: Tensor, scale: float = 4.0, layout: Layout
 
 def auxk(residual: Tensor, pre: Tensor, atoms: Tensor, k: int) -> Tensor:
     """‖e − ê‖² with ê the reconstruction of the residual from the `k` largest of the *dead* latents
-    (Gao et al. 2024).
+    (Gao et al. 2024); zero if nothing is dead.
 
-    residual: [batch, d_in] (detached here); pre: [batch, dead], atoms: [dead, d_in], those of the
-    dead latents only. Zero if nothing is dead.
+    residual: [batch, d_in] (detached here); pre: [batch, dead], atoms: [dead, d_in].
     """
     if not len(atoms):
         return residual.new_zeros(())
     values, index = pre.clamp_min(0).topk(min(k, len(atoms)), dim=-1)
-    return reconstruction(
-        residual.detach(), torch.zeros_like(pre).scatter(-1, index, values) @ atoms
-    )
+    x_hat = torch.zeros_like(pre).scatter(-1, index, values) @ atoms
+    return reconstruction(residual.detach(), x_hat)

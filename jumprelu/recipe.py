@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .estimators import KERNELS
+from .estimators import check_kernel
 
 SPARSITY_LOSSES = {
     "relu": ("l1", "l0"),
@@ -23,9 +23,12 @@ SPARSITY_LOSSES = {
 
 POSITIVE = (
     *("d_sae", "steps", "batch_size", "k", "k_aux", "bandwidth", "threshold_init", "lr"),
-    *("threshold_lr", "l0_target", "frequency_reference", "dead_after"),
+    *("threshold_lr", "l0_target", "frequency_reference", "dead_after", "stop_after"),
 )
 """Fields of :class:`TrainConfig` that must be above 0."""
+
+SHARES = ("stop_after", "bandwidth_anneal", "lr_warmup", "lr_decay", "sparsity_warmup")
+"""Fields that are shares of the run, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -121,41 +124,32 @@ class TrainConfig:
                 f"{self.architecture} cannot be trained with sparsity_loss={self.sparsity_loss!r}: "
                 f"expected one of {', '.join(SPARSITY_LOSSES[self.architecture])}"
             )
-        if self.kernel not in KERNELS:
-            raise ValueError(
-                f"unknown kernel {self.kernel!r}: expected one of {', '.join(KERNELS)}"
-            )
+        check_kernel(self.kernel)
         if self.encoder_dtype not in (None, "float32", "bfloat16"):
             raise ValueError(
-                f"unknown encoder_dtype {self.encoder_dtype!r}: expected None, 'float32' or "
-                "'bfloat16'"
+                f"encoder_dtype must be None, 'float32' or 'bfloat16', got {self.encoder_dtype!r}"
             )
         for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("bandwidth_anneal", "lr_warmup", "lr_decay", "sparsity_warmup"):
+        for name in SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
                     f"{name} is a share of the run between 0 and 1, got {getattr(self, name)}"
                 )
-        if not 0 < self.stop_after <= 1:
-            raise ValueError(
-                f"stop_after is a share of the run above 0 and at most 1, got {self.stop_after}"
-            )
         if self.sparsity < 0 or (self.bandwidth_end is not None and self.bandwidth_end <= 0):
             raise ValueError(
                 "sparsity must be 0 or more and bandwidth_end above 0, got "
                 f"{self.sparsity} and {self.bandwidth_end}"
             )
-        if self.topk_buckets is not None and self.architecture != "topk":
+        buckets = self.topk_buckets
+        if buckets is not None and self.architecture != "topk":
             raise ValueError(
-                f"topk_buckets = {self.topk_buckets} is for architecture 'topk', not "
-                f"{self.architecture!r}: leave it at None"
+                f"topk_buckets = {buckets} is for 'topk', not {self.architecture!r}: leave it None"
             )
-        if self.topk_buckets is not None and not self.k <= self.topk_buckets <= self.d_sae:
+        if buckets is not None and not self.k <= buckets <= self.d_sae:
             raise ValueError(
-                f"topk_buckets must be from k = {self.k} to d_sae = {self.d_sae}, got "
-                f"{self.topk_buckets}: each bucket gives one latent, of which k are kept"
+                f"topk_buckets must be from k = {self.k} to d_sae = {self.d_sae}, got {buckets}"
             )
         if self.architecture in ("topk", "batchtopk") and self.k > self.d_sae:
             raise ValueError(f"k = {self.k} latents cannot be active of d_sae = {self.d_sae}")

@@ -106,7 +106,8 @@ class TrainState:
         one of another identity."""
         try:
             with safe_open(path, "pt") as f:
-                tensors = {name: self.team.read(f, name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+                names = list(f.keys())
+                tensors = {n: self.team.local_latents(n, f.get_tensor(n)) for n in names}
                 metadata = json.loads(f.metadata()["state"])
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(
@@ -163,8 +164,7 @@ def train_step(
     if log and config.architecture == "jumprelu":
         found = trainee.diagnose(out, terms, bandwidth)
     sum(terms.values()).backward()
-    team.average_gradients(trainee.parameters())
-    team.broadcast_gradient(trainee.b_dec)
+    team.reduce_gradients(trainee)
     row = None
     with torch.no_grad():
         active = heaviside(out.acts, 0)

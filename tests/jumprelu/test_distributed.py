@@ -228,8 +228,8 @@ class OfSize(Team):
         (1, 2, {"sparsity_loss": "frequency"}, "expected one of l1"),
         (1, 3, {}, "d_sae = 64.*multiple of 3"),
         (3, 1, {}, "batch_size = 128.*multiple of 3"),
-        (2, 1, {"architecture": "batchtopk"}, "ranks a whole batch"),
-        (2, 1, {"sparsity_loss": "l0_target_batch"}, "no mean over tokens"),
+        (2, 1, {"architecture": "batchtopk"}, "need a whole batch"),
+        (2, 1, {"sparsity_loss": "l0_target_batch"}, "need a whole batch"),
         (2, 1, {"resample": (0.5,)}, "resample"),
     ],
 )

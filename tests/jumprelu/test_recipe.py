@@ -70,9 +70,9 @@ def test_paper_recipe():
         ({"bandwidth": 0.0}, "bandwidth must be above 0"),
         ({"steps": 0}, "steps must be above 0"),
         ({"lr_warmup": 1000}, "lr_warmup is a share of the run"),
-        ({"stop_after": 0.0}, "stop_after is a share of the run above 0 and at most 1, got 0.0"),
-        ({"stop_after": 1.5}, "stop_after is a share of the run above 0 and at most 1, got 1.5"),
-        ({"stop_after": math.nan}, "stop_after is a share of the run above 0"),
+        ({"stop_after": 0.0}, "stop_after must be above 0, got 0.0"),
+        ({"stop_after": 1.5}, "stop_after is a share of the run between 0 and 1, got 1.5"),
+        ({"stop_after": math.nan}, "stop_after must be above 0, got nan"),
         ({"sparsity": -1.0}, "sparsity must be 0 or more"),
         ({"architecture": "topk", "k": 9, "d_sae": 8}, "k = 9 latents cannot be active"),
         (
@@ -85,7 +85,7 @@ def test_paper_recipe():
         ),
         (
             {"architecture": "batchtopk", "topk_buckets": 512},
-            "topk_buckets = 512 is for architecture 'topk', not 'batchtopk'",
+            "topk_buckets = 512 is for 'topk', not 'batchtopk'",
         ),
     ],
 )
