@@ -1,14 +1,11 @@
 """SAEs as they are trained: one module for all architectures, in units of inputs with E‖x‖² = 1.
 
 Notable here:
-- one naming for all: W_enc, b_enc, W_dec, b_dec; Gated's gate is (W_enc, b_enc).
 - the paper's initialisation: atoms He-uniform, then unit-norm; W_enc = W_decᵀ, untied; biases zero.
 - the encoder sees x − b_dec while training; :meth:`Trainee.fold` removes that, and the input scale,
   at the end. A transcoder, whose output is not of x's kind, subtracts the mean input instead.
-- :meth:`Trainee.loss` returns every term by name, so a log can show what the sum hides.
 - a pass has a layout: all of [batch, d_sae], or only the entries that loss and gradients depend on,
-  whichever is faster for the batch at hand (`support.py`). What several processes share is the
-  matter of a layout, too (`distributed.py`).
+  whichever is faster for the batch at hand (`support.py`, `distributed.py`).
 """
 
 from __future__ import annotations
@@ -39,23 +36,9 @@ class Forward(NamedTuple):
     layout: Layout
 
 
-class LatentDiagnostics(NamedTuple):
-    """What the straight-through estimators saw on one batch, latent by latent: [d_sae] each."""
-
-    in_window: Tensor
-    """Share of pre-activations within the kernel's reach of the threshold: the samples that train
-    θ. A latent with none gets no gradient for θ at all."""
-    threshold_travel: Tensor
-    """|log θ − log θ_init|."""
-    reconstruction_push: Tensor
-    """Gradient of θ from reconstruction."""
-    sparsity_push: Tensor
-    """Gradient of θ from the sparsity loss at its present λ."""
-
-
 class Trainee(torch.nn.Module):
-    """A sparse autoencoder in training. d_in: width of the activations; config: see
-    :class:`TrainConfig`; transcoder: what it predicts is not its input."""
+    """A sparse autoencoder in training: W_enc, b_enc (Gated's gate), W_dec, b_dec, and what its
+    architecture has besides. transcoder: what it predicts is not its input."""
 
     def __init__(
         self,
@@ -100,8 +83,7 @@ class Trainee(torch.nn.Module):
 
     @torch.no_grad()
     def layout(self, x: Tensor, bandwidth: float, policy: SparsePolicy = POLICY) -> Layout:
-        """The entries that a batch needs; all of them where that is faster. Arguments as for
-        :meth:`forward`."""
+        """The entries that a batch needs; all of them where that is faster."""
         c = self.config
         if not policy.usable(x) or policy.dense_above <= 0:
             return DENSE
@@ -133,8 +115,7 @@ class Trainee(torch.nn.Module):
         return sparse.screen(*arguments, torch.float32, policy.dense_above, policy)
 
     def forward(self, x: Tensor, bandwidth: float, layout: Layout | None = None) -> Forward:
-        """x: [batch, d_in] in normalised units; bandwidth: ε at this step; layout: default is that
-        of :meth:`layout`."""
+        """x: [batch, d_in] in normalised units; bandwidth: ε; layout: None is :meth:`layout`'s."""
         c, layout = self.config, self.layout(x, bandwidth) if layout is None else layout
         pre = layout.encode(x, self.W_enc, self.b_enc, self.centre)
         threshold = layout.at(self.threshold)
@@ -173,9 +154,8 @@ class Trainee(torch.nn.Module):
         dead: Tensor,
         target: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Terms whose sum is minimised, by name. out, bandwidth: as of :meth:`forward`; sparsity: λ
-        at this step; dead: bool [d_sae], for AuxK; target: what a transcoder predicts, [batch,
-        d_in], in its own normalised units; default is x."""
+        """Terms whose sum is minimised, by name. sparsity: λ; dead: bool [d_sae], for AuxK; target:
+        what a transcoder predicts, [batch, d_in], in its own normalised units; default is x."""
         c, layout, target = self.config, out.layout, x if target is None else target
         terms = {"reconstruction": losses.reconstruction(target, out.x_hat)}
         norms = self.W_dec.norm(dim=-1) if not c.unit_norm_atoms else torch.ones_like(self.b_enc)
@@ -185,8 +165,7 @@ class Trainee(torch.nn.Module):
         penalty = None
         match c.loss:
             case "l1":
-                # Gated pays for what opens its gate, not for magnitudes: that is how it avoids
-                # shrinkage
+                # Gated pays for what opens its gate: so its magnitudes do not shrink
                 paid = out.pre.relu() if c.architecture == "gated" else out.acts
                 penalty = losses.l1(paid, norms, layout)
             case "l0":
@@ -220,9 +199,13 @@ class Trainee(torch.nn.Module):
 
     def diagnose(
         self, out: Forward, terms: dict[str, Tensor], bandwidth: float
-    ) -> LatentDiagnostics:
-        """Of a JumpReLU. out, bandwidth: as of :meth:`forward`; terms: as of :meth:`loss`, before
-        their backward pass."""
+    ) -> dict[str, Tensor]:
+        """What a JumpReLU's straight-through estimators saw on one batch, [d_sae] each.
+
+        window_share: of pre-activations within the kernel's reach of θ, the samples that train it;
+        threshold_travel: |log θ − log θ_init|; reconstruction_push, sparsity_push: gradients of θ
+        from either loss. terms: of :meth:`loss`, before their backward pass.
+        """
         gradients = [
             torch.autograd.grad(terms[name], self.threshold_parameter, retain_graph=True)[0]
             for name in ("reconstruction", "sparsity")
@@ -231,21 +214,24 @@ class Trainee(torch.nn.Module):
             theta, reach = self.threshold, REACH[self.config.kernel] * bandwidth
             within = ((out.pre - out.threshold).abs() < reach).float()
             initial = torch.tensor(self.config.threshold_init).log()
-            travel = (theta.clamp_min(1e-12).log() - initial).abs()
             if self.config.log_threshold:  # ∂/∂θ from ∂/∂log θ
                 gradients = [gradient * (1 / theta) for gradient in gradients]
-            return LatentDiagnostics(out.layout.per_latent(within), travel, *gradients)
+            return {
+                "window_share": out.layout.per_latent(within),
+                "threshold_travel": (theta.clamp_min(1e-12).log() - initial).abs(),
+                "reconstruction_push": gradients[0],
+                "sparsity_push": gradients[1],
+            }
 
     @torch.no_grad()
     def resample(
         self, x: Tensor, dead: Tensor, bandwidth: float, generator: torch.Generator
     ) -> Tensor:
         """Point dead latents at badly reconstructed inputs (Bricken et al. 2023); returns the
-        indices replaced.
+        indices replaced. x: [batch, d_in]; dead: bool [d_sae].
 
-        x: [batch, d_in]; dead: bool [d_sae]. An input is drawn with probability ∝ its squared loss;
-        the atom becomes its direction from b_dec, the encoder a fifth as long as those alive, and
-        everything else of the latent starts anew.
+        An input is drawn with probability ∝ its squared loss; the atom becomes its direction from
+        b_dec, the encoder a fifth as long as those alive, and all else starts anew.
         """
         index = dead.nonzero().squeeze(-1)
         weight = (x - self(x, bandwidth).x_hat).square().sum(-1).square()
@@ -278,11 +264,10 @@ class Trainee(torch.nn.Module):
     ) -> SAE:
         """The inference form, for raw activations x_raw = input_scale · x.
 
-        W_enc stays; b_enc' = C·(b_enc − b_dec W_enc); b_dec' = C·b_dec; θ' = C·θ; atoms brought to
-        norm 1 and their norm moved into the encoder (ReLU and JumpReLU are positively homogeneous).
-        TopK keeps the exact k largest, also where `topk_buckets` made training approximate. A
-        transcoder's output is C_y times what it was trained for, C_y = `target_scale`: f' = C_y·f,
-        so W_enc' = (C_y/C)·W_enc, and C_y takes the place of C elsewhere.
+        With C = `input_scale`, W_enc stays; b_enc' = C·(b_enc − b_dec W_enc); b_dec' = C·b_dec;
+        θ' = C·θ; atoms brought to norm 1 and their norm moved into the encoder (ReLU and JumpReLU
+        are positively homogeneous). A transcoder's output is C_y = `target_scale` times what it was
+        trained for: f' = C_y·f, so W_enc' = (C_y/C)·W_enc, and C_y is C elsewhere.
         """
         c, C = self.config, float(input_scale if target_scale is None else target_scale)
         W_enc, b_enc, threshold = self.W_enc.clone(), self.b_enc.clone(), self.threshold.clone()

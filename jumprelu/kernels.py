@@ -9,9 +9,8 @@ Notable here:
 - no kernel uses atomics: each output is written once, by one program, in one order. Results are the
   same to the bit from run to run.
 - sums are taken in float32, never in TF32; bfloat16 is only ever how a matrix is stored.
-- without Triton (macOS, PyTorch for CPUs) the module can be imported: :func:`serves` is False.
-- with TRITON_INTERPRET=1 in the environment before Triton is imported, the same code runs on a CPU,
-  for tests.
+- without Triton (macOS, PyTorch for CPUs) :func:`serves` is False. With TRITON_INTERPRET=1 in the
+  environment before Triton is imported, the same code runs on a CPU, for tests.
 
 Source: Gao et al. 2024 (arXiv 2406.04093), in an appendix, train SAEs with sparse Triton kernels.
 """
@@ -84,12 +83,11 @@ def compact(
     products: Tensor, bar: Tensor | None = None, limit: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """(start, column, value) of the entries of `products` above their row's bar, row by row,
-    columns ascending; None if there are more than `limit`.
+    columns ascending; None if there are more than `limit`. ValueError at 2³¹ entries.
 
     products: float32 or bfloat16 [rows, columns]; bar: float32 [rows], or None for zeros. column:
-    int32 [n]; value: float32 [n]. Waits for the device once, to learn n. Raises ValueError at 2³¹
-    entries. Memory: reads `products` once, and once more the rows that have an entry; writes 8
-    bytes an entry.
+    int32 [n]; value: float32 [n]. Waits for the device once, to learn n. Memory: reads `products`
+    once, and once more the rows that have an entry; writes 8 bytes an entry.
     """
     _contiguous(products=products, bar=bar)
     rows, columns = products.shape
@@ -102,10 +100,7 @@ def compact(
     if limit is not None and n > limit:
         return None
     if n >= 2**31:
-        raise ValueError(
-            f"{n:,} entries are above the bar, and positions are of 32 bits; give fewer rows at a "
-            "time, or a limit"
-        )
+        raise ValueError(f"{n:,} entries: expected fewer than 2³¹; give fewer rows, or a limit")
     start = ends.int()
     column = torch.empty(n, dtype=torch.int32, device=products.device)
     value = torch.empty(n, dtype=torch.float32, device=products.device)
@@ -184,10 +179,8 @@ def _totals(start, entries, out, BLOCK: tl.constexpr):
 
 
 def totals(start: Tensor, entries: Tensor) -> Tensor:
-    """Σ of each bag's entries, float32 [bags]; start: int32 [bags + 1]; entries: [n].
-
-    Memory: reads an entry once.
-    """
+    """Σ of each bag's entries, float32 [bags]; start: int32 [bags + 1]; entries: [n]. Memory: reads
+    an entry once."""
     entries = entries.contiguous()
     _contiguous(start=start)
     out = torch.empty(len(start) - 1, dtype=torch.float32, device=entries.device)
@@ -214,8 +207,7 @@ def dots(latent: Tensor, token: Tensor, rows: Tensor, atoms: Tensor) -> Tensor:
 
     latent, token: int32 [n]; rows: [batch, width]; atoms: [d_sae, width], each float32 or bfloat16.
     Memory: reads a row an entry, and an atom for every `ENTRIES` where entries are latent by
-    latent, as a program's are neighbours. A program per latent would save no more, and would wait
-    for the latent that is active on every token.
+    latent.
     """
     _contiguous(latent=latent, token=token, rows=rows, atoms=atoms)
     n, width = len(token), rows.shape[1]

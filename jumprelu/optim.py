@@ -1,13 +1,9 @@
 """Adam as SAEs need it: no first moment where β₁ = 0, and atoms kept at norm 1 in the same pass
 over memory.
 
-Notable here:
-- at β₁ = 0 the first moment *is* the gradient, so the gradient's own memory stands in for it: half
-  of the state is gone, and the update is that of `torch.optim.Adam(fused=True)`, on a CPU bit for
-  bit.
-- a matrix is taken a block of rows at a time, small enough for a cache: projection of the gradient,
-  Adam and renormalisation of the atoms are done before the next block is fetched. On a GPU with
-  Triton they are one kernel.
+At β₁ = 0 the first moment *is* the gradient, so the gradient's own memory stands in for it. The
+update is that of `torch.optim.Adam(fused=True)`, on a CPU bit for bit. A matrix is taken a block of
+rows at a time, small enough for a cache; on a GPU with Triton, one kernel does all.
 """
 
 from __future__ import annotations

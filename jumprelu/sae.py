@@ -4,8 +4,8 @@
 
 Every architecture ends in this form: ReLU has θ = 0; Gated, whose encoders are tied, is a JumpReLU
 (derived in `Trainee.fold`); BatchTopK has one threshold for all latents; TopK keeps `k` besides.
-The input scale of training is folded into the arrays, so nothing has to be normalised to use an
-SAE. Atoms (rows of W_dec) have norm 1 in SAEs trained here, and nearly so in released ones.
+Nothing has to be normalised to use an SAE. Atoms (rows of W_dec) have norm 1 in SAEs trained here,
+and nearly so in released ones.
 """
 
 from __future__ import annotations
@@ -46,13 +46,11 @@ class SAE(torch.nn.Module):
 
     W_enc: [d_in, d_sae]; b_enc: [d_sae]; W_dec: [d_sae, d_in]; b_dec: [d_in]; threshold: [d_sae], θ
     ≥ 0, always float32 whatever the rest is cast to (bf16 would round small differences away). k:
-    for TopK, the number of latents kept.
+    for TopK, the number of latents kept. ValueError when the shapes do not belong together.
 
     Activations of any floating type go in; latents and reconstructions have the type of the arrays,
     :attr:`dtype`. The arrays take no gradient until `requires_grad_()` asks for it; a gradient
     reaches x in any case.
-
-    Raises ValueError when the shapes do not belong together.
     """
 
     policy: SparsePolicy = POLICY
@@ -121,18 +119,15 @@ class SAE(torch.nn.Module):
         return digest(type(self).__name__, arrays, self.k, self.origin._asdict())
 
     def preactivations(self, x: Tensor) -> Tensor:
-        """π(x), shape [..., d_sae], in raw units; x: raw activations [..., d_in]. ValueError for
-        another width."""
+        """π(x), [..., d_sae]; x: raw activations [..., d_in]. ValueError for another width."""
         return self._checked(x) @ self.W_enc + self.b_enc
 
     def _checked(self, x: Tensor) -> Tensor:
         """x in the type of the arrays."""
         if x.shape[-1] != self.d_in:
-            where = ""
-            if self.origin.site:
-                where = f" (it was trained on {self.origin.site} of layer {self.origin.layer})"
             raise ValueError(
-                f"activations have width {x.shape[-1]}, this SAE expects d_in = {self.d_in}{where}"
+                f"activations have width {x.shape[-1]}, this SAE expects d_in = {self.d_in} "
+                f"({self.extra_repr()})"
             )
         return x.to(self.dtype)
 
@@ -193,8 +188,7 @@ class SAE(torch.nn.Module):
         return support.take((support.pre > support.at(self.threshold)).nonzero().squeeze(-1))
 
     def save(self, folder: str | Path) -> Path:
-        """Write `sae.safetensors` and `cfg.json` to `folder`, each whole or not at all; returns
-        it."""
+        """Write `sae.safetensors` and `cfg.json` to `folder`; returns it."""
         folder = Path(folder)
         write_tensors(folder / WEIGHTS, dict(self.named_parameters()))
         config = {"format": FORMAT, "kind": type(self).__name__, "sha256": sha256(folder / WEIGHTS)}
@@ -221,10 +215,11 @@ class SAE(torch.nn.Module):
         if missing:
             raise FileNotFoundError(f"no SAE in {folder}: expected {' and '.join(missing)}")
         config = read_json(folder / CONFIG)
-        if config.get("format") != FORMAT:
+        form, kind = config.get("format"), config.get("kind", SAE.__name__)
+        if form != FORMAT or kind not in KINDS:
             raise ValueError(
-                f"{folder / CONFIG} has format {config.get('format')!r}, this version reads "
-                f"{FORMAT}: save the SAE again with a matching version"
+                f"{folder / CONFIG} is a {kind} of format {form!r}, this version reads format "
+                f"{FORMAT} of {' and '.join(KINDS)}: save it again with a matching version"
             )
         try:
             tensors = load_file(folder / WEIGHTS, device=str(device))
@@ -238,14 +233,8 @@ class SAE(torch.nn.Module):
             )
         origin = Origin(**{name: config[name] for name in Origin._fields})
         threshold = tensors.pop("threshold")
-        kind = KINDS.get(config.get("kind", SAE.__name__))
-        if kind is None:
-            raise ValueError(
-                f"{folder / CONFIG} is of kind {config['kind']!r}, this version reads "
-                f"{', '.join(KINDS)}"
-            )
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        return kind(**tensors, threshold=threshold, k=config["k"], origin=origin)
+        return KINDS[kind](**tensors, threshold=threshold, k=config["k"], origin=origin)
 
     def extra_repr(self) -> str:
         o = self.origin
@@ -256,8 +245,8 @@ class SAE(torch.nn.Module):
 class Transcoder(SAE):
     """Predicts an MLP's output from its input: ŷ = f(x) W_dec + b_dec + x W_skip.
 
-    W_skip: [d_in, d_in], or None. `encode` and `decode` are those of :class:`SAE`; `decode` cannot
-    add the skip connection, `forward` does. Raises ValueError for shapes that do not fit.
+    W_skip: [d_in, d_in], or None. `encode` and `decode` are those of :class:`SAE`: only `forward`
+    adds the skip connection. Raises ValueError for shapes that do not fit.
     """
 
     def __init__(
@@ -288,8 +277,7 @@ def check_autoencoder(sae: object) -> None:
     """Raise ValueError for a transcoder, where x̂ stands for x itself."""
     if isinstance(sae, Transcoder):
         raise ValueError(
-            "this is a transcoder, whose output is not its input: expected an SAE. "
-            "jumprelu.evaluate takes both"
+            "this is a transcoder: expected an SAE (jumprelu.evaluate takes transcoders, too)"
         )
 
 

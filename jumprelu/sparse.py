@@ -1,13 +1,8 @@
-"""Finding S: the entries of [batch, d_sae] that a pass needs, after the encoder's matmul.
+"""Finding S: the entries of [batch, d_sae] that a pass needs, after the encoder's matmul. What is
+then done with them is in `support.py`.
 
-What is then done with them is in `support.py`.
-
-Notable here:
-- :func:`screen` may look for S in bfloat16. It lowers the bar by what rounding can hide, and
-  computes what it found again in float32: S can only be larger than needed, and no value comes from
-  bfloat16.
-- blocks of pre-activations always use the same memory: the system clears every page of new memory
-  at its first use, which can cost more than the matmul that fills it.
+:func:`screen` may look for S in bfloat16. It lowers the bar by what rounding can hide, and computes
+what it found again in float32: S can only be larger than needed, and no value comes from bfloat16.
 """
 
 from __future__ import annotations
@@ -224,7 +219,8 @@ def _chunks(
     like: Tensor, rows: int, columns: int, policy: SparsePolicy, ahead: int = 0
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """A matrix of [rows, columns] by blocks of rows: (first row, room for the block, room for a
-    mask of it), always in the same memory.
+    mask of it), always in the same memory: the system clears every page of new memory at its first
+    use, which can cost more than the matmul that fills it.
 
     like: a tensor of the type and on the device wanted. ahead: rows of a smaller block that comes
     first, after which a caller may give up; 0: none. On a GPU there is no mask.

@@ -1,10 +1,8 @@
 """A training run between two steps, and the step: :class:`TrainState`, :func:`train_step`.
 
-Notable here:
-- a state is a function of (activations, config, number of steps). Saved and loaded again it goes on
-  to the very bits: weights, Adam's moments, dead-latent counters, random state and the log are one
-  file, replaced by rename; the place in the data is the number of steps.
-- a team of processes takes the same steps as one (`distributed.py`).
+A state is a function of (activations, config, number of steps). Saved and loaded again it goes on
+to the very bits: weights, Adam's moments, dead-latent counters, random state and the log are one
+file; the place in the data is the number of steps.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .activations import Activations
-from .architectures import Forward, LatentDiagnostics, Trainee
+from .architectures import Forward, Trainee
 from .distributed import ALONE, Team, shard
 from .estimators import heaviside
 from .files import write_tensors
@@ -39,7 +37,7 @@ class Inputs(NamedTuple):
 
 
 def measure_inputs(acts: Activations, device: torch.device) -> Inputs:
-    """Estimates on a fixed sample of 65,536 activations; ValueError if these are all zero."""
+    """Of a fixed sample of 65,536 activations; ValueError if these are all zero."""
     sample = acts.rows(min(len(acts), 65_536), seed=0).to(device)
     scale = float(sample.square().sum(-1).mean().sqrt())
     if not scale > 0:
@@ -115,8 +113,8 @@ class TrainState:
             ) from error
         if metadata["identity"] != identity:
             raise ValueError(
-                f"{path} belongs to a run with other activations, another configuration or version "
-                "of the trainer: choose another folder, or delete that one. Nothing was overwritten"
+                f"{path} belongs to a run with other activations, another configuration or "
+                "trainer: choose another folder, or delete it. Nothing was overwritten"
             )
         weights = {name[8:]: t for name, t in tensors.items() if name.startswith("trainee.")}
         self.trainee.load_state_dict(weights)
@@ -203,16 +201,12 @@ def _batch_columns(state: TrainState, target: Tensor, out: Forward, active: Tens
     return {"l0": l0, "fvu": (missed / variance).item(), **shares}
 
 
-def _threshold_columns(state: TrainState, found: LatentDiagnostics) -> Row:
+def _threshold_columns(state: TrainState, found: dict[str, Tensor]) -> Row:
     """What a row has of a JumpReLU's thresholds: means over latents, and quantiles."""
     team, theta = state.team, state.trainee.threshold
-    means = {
-        "window_share": found.in_window,
-        "threshold_travel": found.threshold_travel,
-        "reconstruction_push": team.mean(found.reconstruction_push).abs(),
-        "sparsity_push": team.mean(found.sparsity_push).abs(),
-        "window_latents": (found.in_window > 0).float(),
-    }
+    pushes = ("reconstruction_push", "sparsity_push")
+    means = found | {name: team.mean(found[name]).abs() for name in pushes}
+    means["window_latents"] = (found["window_share"] > 0).float()
     values = torch.stack([value.mean() for value in means.values()])
     row = dict(zip(means, (team.sum_latents(values) / team.latents).tolist(), strict=True))
     quantiles = torch.tensor([0.05, 0.5, 0.95], device=theta.device)

@@ -1,17 +1,13 @@
 """Two layouts of the entries of [batch, d_sae]: all of them, or only those that matter.
 
 The loss and its gradient depend on a set S of entries alone: those that are active, or within the
-straight-through window of their threshold. A dense step costs 10·d_in·d_sae FLOPs a token (2 to
-encode, 2 to decode, 6 for the gradients); on S it costs 2·d_in·d_sae + 8·d_in·|S|, and the
-gradients are the same ones. `sparse.py` finds S.
+straight-through window of their threshold (these need a gradient for θ, though they decode to
+nothing). A dense step costs 10·d_in·d_sae FLOPs a token (2 to encode, 2 to decode, 6 for the
+gradients); on S it costs 2·d_in·d_sae + 8·d_in·|S|, and the gradients are the same ones. That of x
+is never formed. `sparse.py` finds S.
 
-Notable here:
-- :class:`Dense` (plain autograd, the reference) and :class:`Support` have the same methods, so that
-  architectures and losses are written once.
-- an inactive latent inside the window needs a gradient for θ: it is in S, though it decodes to
-  nothing.
-- the gradient of x is never formed: nothing before an SAE is trained.
-- a CPU uses torch's own operations, a GPU the kernels of `kernels.py` if Triton is installed.
+:class:`Dense` (plain autograd, the reference) and :class:`Support` have the same methods. A CPU
+uses torch's own operations, a GPU the kernels of `kernels.py` if Triton is installed.
 """
 
 from __future__ import annotations
@@ -70,8 +66,7 @@ class Support:
     zero.
 
     start: int32 [d_sae + 1], where each latent's entries begin, and the end; token: int32 [n];
-    shape: (batch, d_sae). pre: the pre-activations there, [n], if they are known. triton: whether
-    the kernels are used.
+    shape: (batch, d_sae); pre: pre-activations, [n], if known; triton: whether kernels are used.
     """
 
     dense = False
@@ -84,8 +79,8 @@ class Support:
         pre: Tensor | None = None,
         triton: bool = False,
     ):
-        self.start, self.token, self.shape, self.pre = start, token, shape, pre
-        self.triton = triton
+        self.start, self.token, self.shape = start, token, shape
+        self.pre, self.triton = pre, triton
         self._narrowed: tuple[Tensor, Tensor, Support] | None = None
 
     def __len__(self) -> int:

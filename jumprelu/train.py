@@ -374,7 +374,7 @@ def train(
     The log's columns: step, tokens, sparsity (λ), bandwidth (ε), loss_*, l0, fvu, dead (share),
     computed (share of pre-activations that the step went on with after the encoder), and for
     JumpReLU window_share, threshold_travel, reconstruction_push and sparsity_push (means over
-    latents of :class:`jumprelu.architectures.LatentDiagnostics`, of pushes without their sign),
+    latents of :meth:`jumprelu.architectures.Trainee.diagnose`, of pushes without their sign),
     window_latents (share of latents with a sample in the window) and quantiles of θ; all in
     normalised units. Warns where sparsity pushes θ many times as hard as reconstruction: θ then
     moves at its learning rate, and more λ will hardly lower L0.

@@ -102,7 +102,7 @@ def test_diagnostics_are_those_of_dense_arithmetic(kernel, policy):
     found = subject.diagnose(out, terms, width)
     expected = (u.abs() < jr.estimators.REACH[kernel]).float().mean(0)
     assert expected.max() > 0
-    torch.testing.assert_close(found.in_window, expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found["window_share"], expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("buckets", [4, 7, 50, 64, 80, 96])

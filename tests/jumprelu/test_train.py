@@ -101,9 +101,9 @@ def test_diagnostics_split_the_gradient_of_the_threshold(loss):
     seen = trainee.diagnose(out, trainee.loss(x, out, price, epsilon, dead), epsilon)
     theta, pre = trainee.threshold.detach(), out.pre.detach()
     K = ((pre - theta).abs() < epsilon / 2).double() / epsilon
-    assert seen.in_window.mean().item() == pytest.approx((K > 0).double().mean().item())
+    assert seen["window_share"].mean().item() == pytest.approx((K > 0).double().mean().item())
     to_acts = 2 * (out.x_hat - x).detach() @ trainee.W_dec.detach().T / len(x)
-    assert seen.reconstruction_push.abs().mean().item() == pytest.approx(
+    assert seen["reconstruction_push"].abs().mean().item() == pytest.approx(
         (-theta * to_acts * K).sum(0).abs().mean().item(), rel=1e-6
     )
     l0, frequency = (pre > theta).sum(-1).double(), (pre > theta).double().mean(0)
@@ -119,7 +119,7 @@ def test_diagnostics_split_the_gradient_of_the_threshold(loss):
     }[loss]
     if loss == "l1":  # RI-L1: free norms weigh the activations
         per_activation = per_activation * trainee.W_dec.detach().norm(dim=-1)
-    assert seen.sparsity_push.abs().mean().item() == pytest.approx(
+    assert seen["sparsity_push"].abs().mean().item() == pytest.approx(
         (price * per_activation * K).mean(0).abs().mean().item(), rel=1e-5
     )
 
