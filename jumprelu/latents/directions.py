@@ -1,6 +1,5 @@
 """What a latent's atom points at: tokens that it promotes or suppresses, and other atoms near it.
 
-Notable here:
 - logit effects are the "logit lens" of an atom (nostalgebraist 2020): d · diag(γ) · W_U,
   mean-centred over the vocabulary, with γ the final norm's weight, folded in. It is an
   approximation: later blocks, the norm's division and a soft cap on the logits are left out, and
@@ -19,6 +18,7 @@ import torch
 from ..lm import LM
 from ..sae import SAE
 from ..sites import locate
+from ..splicing import place_of
 
 FINAL_NORMS = ("model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm")
 """Where the families of jumprelu.sites.FAMILIES keep the norm before the unembedding."""
@@ -50,25 +50,16 @@ class Near(NamedTuple):
 
 
 @torch.no_grad()
-def logit_effects(
-    lm: LM,
-    sae: SAE,
-    latents: torch.Tensor,
-    k: int = 10,
-    site: str | None = None,
-    layer: int | None = None,
-) -> Effects:
+def logit_effects(lm: LM, sae: SAE, latents: torch.Tensor, k: int = 10) -> Effects:
     """Tokens that the atoms of `latents` [m] promote and suppress, through final norm and
     unembedding alone.
 
-    site, layer: by default where the SAE was trained. An atom of attn_out passes the block's output
-    projection first.
+    An atom of attn_out passes the block's output projection first.
 
-    Raises ValueError for a site, layer or model that is not known, and for an SAE of another width.
+    Raises ValueError for an SAE that does not remember its place, a site, layer or model that is
+    not known, and for an SAE of another width.
     """
-    site, layer = site or sae.origin.site, sae.origin.layer if layer is None else layer
-    if site is None or layer is None:
-        raise ValueError("the SAE does not say where it was trained: give site and layer")
+    site, layer = place_of(sae)
     place = locate(lm, site, layer)
     to_stream = place.module if site == "attn_out" else None
     width = lm.config.num_attention_heads * getattr(
@@ -79,15 +70,13 @@ def logit_effects(
             f"the SAE has d_in = {sae.d_in}, which is not the width of {site} in {lm.name}: give "
             "the model it was trained on"
         )
-    norm = next(
-        (found for name in FINAL_NORMS if (found := _child(lm.model, name)) is not None), None
-    )
-    if norm is None:
+    norms = [module for name, module in lm.model.named_modules() if name in FINAL_NORMS]
+    if not norms:
         raise ValueError(
             f"{type(lm.model).__name__} has none of {', '.join(FINAL_NORMS)}: add its final norm "
             "to jumprelu.latents.directions.FINAL_NORMS"
         )
-    gain, centred = final_gain(norm, lm.d_model), isinstance(norm, torch.nn.LayerNorm)
+    gain, centred = final_gain(norms[0], lm.d_model), isinstance(norms[0], torch.nn.LayerNorm)
     unembedding = lm.model.get_output_embeddings().weight.float()
     unembedding = (unembedding - unembedding.mean(0)) * gain  # [vocabulary, d_model]
     k = min(k, len(unembedding))
@@ -127,10 +116,3 @@ def nearest(sae: SAE, latents: torch.Tensor, k: int = 8) -> Near:
         latents[torch.cat([b.indices for b in blocks]).cpu()],
         torch.cat([b.values for b in blocks]).cpu(),
     )
-
-
-def _child(module: torch.nn.Module, path: str) -> torch.nn.Module | None:
-    try:
-        return module.get_submodule(path)
-    except AttributeError:
-        return None

@@ -1,7 +1,6 @@
 """How well latents can be explained: scores of explanations on documents that they were not made
 from.
 
-Notable here:
 - correlation is that of the JumpReLU paper's automated study (after Bills et al. 2023): activations
   in bins 0 … 10, Pearson, over all tokens of held-out windows. Detection and fuzzing are delphi's
   (Paulo et al. 2024, arXiv 2410.13928), read off the predicted activations instead of asked of a
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from ..corpus import Tokens, as_tokens
 from ..lm import LM
 from ..sae import SAE
-from .choosing import EMPTY, Choice, uniform
+from .choosing import Choice, uniform
 from .contexts import Contexts, collect_many, frequencies
 from .explain import LEVELS, Explainer, Explanation, Windows
 
@@ -152,13 +151,10 @@ def windows(
 ) -> Windows:
     """The windows of the latent at `place` whose documents are in `among`; special tokens count as
     padding."""
-    chosen = (contexts.quantile[place].numpy() != EMPTY) & np.isin(
-        contexts.document[place].numpy(), among
-    )
+    chosen = np.isin(contexts.document[place].numpy(), among)  # -1 in empty slots
     tokens = contexts.tokens[place].numpy()[chosen]
-    return Windows(
-        np.where(np.isin(tokens, special), -1, tokens), contexts.acts[place].numpy()[chosen]
-    )
+    tokens = np.where(np.isin(tokens, special), -1, tokens)
+    return Windows(tokens, contexts.acts[place].numpy()[chosen])
 
 
 def fresh(held_out: Windows, training: Windows, run: int = REPEATED) -> Windows:
@@ -169,9 +165,8 @@ def fresh(held_out: Windows, training: Windows, run: int = REPEATED) -> Windows:
 
     def runs(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         every = np.lib.stride_tricks.sliding_window_view(tokens, run, axis=1)
-        return (every.astype(np.uint64) * factors).sum(-1), (every >= 0).all(
-            -1
-        )  # one number for each run, modulo 2**64
+        number = (every.astype(np.uint64) * factors).sum(-1)  # modulo 2**64
+        return number, (every >= 0).all(-1)
 
     (known, whole), (own, own_whole) = runs(training.tokens), runs(held_out.tokens)
     new = ~(np.isin(own, known[whole]) & own_whole).any(1)
@@ -191,12 +186,7 @@ def split_documents(document: torch.Tensor, seed: int = 0) -> tuple[np.ndarray, 
     return np.sort(mixed[: len(mixed) // 2]), np.sort(mixed[len(mixed) // 2 :])
 
 
-def sample_latents(
-    frequency: torch.Tensor,
-    count: int,
-    edges: Sequence[float] = EDGES,
-    seed: int = 0,
-) -> pd.DataFrame:
+def sample_latents(frequency: torch.Tensor, count: int, seed: int = 0) -> pd.DataFrame:
     """At most `count` latents that fire, as many as there are from each band of frequency in turn.
 
     Returns columns latent (ascending), band (0 the rarest) and weight: how many latents of its band
@@ -204,22 +194,14 @@ def sample_latents(
     """
     import pandas as pd
 
-    frequency = frequency.numpy()
-    band = np.searchsorted(edges, frequency)
-    alive = pd.DataFrame(
-        {
-            "latent": np.arange(len(frequency)),
-            "band": band,
-            "key": uniform(seed, 9, np.arange(len(frequency))),
-        }
-    )
-    alive = alive[frequency > 0].sort_values("key", kind="stable")
+    frequency, latent = frequency.numpy(), np.arange(len(frequency))
+    alive = pd.DataFrame({"latent": latent, "band": np.searchsorted(EDGES, frequency)})
+    order = np.argsort(uniform(seed, 9, latent), kind="stable")
+    alive = alive.iloc[order[frequency[order] > 0]]
     turn = alive.groupby("band").cumcount()
     chosen = alive.assign(turn=turn).sort_values(["turn", "band"], kind="stable").head(count)
-    weight = chosen.band.map(alive.band.value_counts() / chosen.band.value_counts())
-    return chosen.assign(weight=weight)[["latent", "band", "weight"]].sort_values(
-        "latent", ignore_index=True
-    )
+    chosen["weight"] = chosen.band.map(alive.band.value_counts() / chosen.band.value_counts())
+    return chosen.sort_values("latent", ignore_index=True)[["latent", "band", "weight"]]
 
 
 def study(
@@ -229,7 +211,6 @@ def study(
     explainer: Explainer,
     lms: dict[str, LM] | None = None,
     count: int = 100,
-    edges: Sequence[float] = EDGES,
     choice: Choice = STUDY,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -253,7 +234,7 @@ def study(
 
     tokens = as_tokens(tokens)
     training, held_out = split_documents(tokens.document, seed)
-    tables = []
+    tables: dict[str, pd.DataFrame] = {}
     groups: dict[int, list[str]] = {}
     owners = {name: (lms or {}).get(name, lm) for name in saes}
     for name, owner in owners.items():
@@ -261,7 +242,7 @@ def study(
     for names in groups.values():
         owner, some = owners[names[0]], [saes[name] for name in names]
         found = frequencies(owner, some, tokens[torch.arange(0, len(tokens), 4)])
-        samples = [sample_latents(frequency, count, edges, seed=seed) for frequency in found]
+        samples = [sample_latents(frequency, count, seed) for frequency in found]
         chosen = [torch.tensor(sample.latent.to_numpy(copy=True)) for sample in samples]
         empty = [name for name, latents in zip(names, chosen, strict=True) if not len(latents)]
         if empty:
@@ -270,14 +251,12 @@ def study(
             )
         contexts = collect_many(owner, some, tokens, latents=chosen, choice=choice)
         for name, frequency, sample, own in zip(names, found, samples, contexts, strict=True):
-            scored = explain_all(own, explainer, training, held_out, owner.special_ids, seed, name)
-            sample = sample.assign(
-                sae=name, frequency=own.frequency.numpy(), l0=float(frequency.sum())
-            )
-            tables.append(pd.concat([sample, scored], axis=1))
-    table = pd.concat(tables).set_index("sae").loc[list(saes)].reset_index()
-    first = ["sae", "latent", "frequency", "band", "weight", "l0"]
-    return table[[*first, *(name for name in table if name not in first)]]
+            scored = explain_all(own, explainer, training, held_out, owner.special_ids, seed)
+            sample.insert(1, "frequency", own.frequency.numpy())
+            sample = sample.assign(l0=float(frequency.sum()))
+            sample.insert(0, "sae", name)
+            tables[name] = pd.concat([sample, scored], axis=1)
+    return pd.concat([tables[name] for name in saes], ignore_index=True)
 
 
 def explain_all(
@@ -287,29 +266,25 @@ def explain_all(
     held_out: np.ndarray,
     special: Sequence[int] = (),
     seed: int = 0,
-    label: str = "",
 ) -> pd.DataFrame:
     """The part of :func:`study` that follows the contexts: one row a latent, in their order."""
     import pandas as pd
 
     count = len(contexts.latents)
     made: list[Explanation] = []
-    held_windows: list[Windows] = []
-    for place in tqdm(
-        range(count), desc=f"explaining {label}".strip(), unit="latent", mininterval=1
-    ):
+    tested: list[tuple[Windows, int]] = []  # and how many were left out
+    for place in tqdm(range(count), desc="explaining", unit="latent", mininterval=1):
         shown = windows(contexts, place, training, special)
-        held_windows.append(fresh(windows(contexts, place, held_out, special), shown))
+        held = windows(contexts, place, held_out, special)
+        new = fresh(held, shown)
+        tested.append((new, len(held.acts) - len(new.acts)))
         made.append(explainer.explain(shown))
     order = np.argsort(uniform(seed, 10, np.arange(count)), kind="stable")
     other = np.empty(count, int)
     other[order] = np.roll(order, 1)  # nobody keeps his own
     rows = []
-    for place in tqdm(range(count), desc=f"scoring {label}".strip(), unit="latent", mininterval=1):
-        held, maximum = held_windows[place], float(contexts.maximum[place])
-        all_held = (contexts.quantile[place].numpy() != EMPTY) & np.isin(
-            contexts.document[place].numpy(), held_out
-        )
+    for place in tqdm(range(count), desc="scoring", unit="latent", mininterval=1):
+        (held, repeated), maximum = tested[place], float(contexts.maximum[place])
         own, wrong = (
             score(held, explainer.simulate(each, held.tokens), maximum, each.cut, seed)
             for each in (made[place], made[other[place]])
@@ -317,14 +292,7 @@ def explain_all(
         if count == 1:
             wrong = Score(*[float("nan")] * len(Score._fields))
         active = int((held.acts > 0).any(1).sum())
-        rows.append(
-            {
-                **own._asdict(),
-                **{f"shuffled_{name}": getattr(wrong, name) for name in SCORES},
-                "active": active,
-                "silent": len(held.acts) - active,
-                "repeated": int(all_held.sum()) - len(held.acts),
-                "explanation": made[place].text,
-            }
-        )
+        counts = {"active": active, "silent": len(held.acts) - active, "repeated": repeated}
+        shuffled = {f"shuffled_{name}": getattr(wrong, name) for name in SCORES}
+        rows.append(own._asdict() | shuffled | counts | {"explanation": made[place].text})
     return pd.DataFrame(rows)

@@ -3,7 +3,6 @@ network.
 
     python -m jumprelu pages SAE LM OUT.html
 
-Notable here:
 - the list of latents stands at the beginning of the file, so it shows while the rest is still being
   read.
 - contexts follow in compressed blocks of `BLOCK` latents; a block is opened when one of its latents
@@ -13,7 +12,6 @@ Notable here:
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +22,9 @@ import torch
 from ..files import write_text
 from ..lm import LM
 from ..sae import SAE
+from ..splicing import place_of
 from .contexts import Contexts
-from .directions import Effects, Near, logit_effects, nearest
+from .directions import logit_effects, nearest
 from .webpage import (
     layout,
     narrow,
@@ -57,27 +56,37 @@ def write_pages(
     contexts: Contexts,
     explanations: Mapping[int, Explanation] | None = None,
     title: str | None = None,
-    site: str | None = None,
-    layer: int | None = None,
 ) -> Path:
     """Write the page of `contexts.latents` to the file `out`; returns its path.
 
     contexts: of this SAE on this model, from :func:`jumprelu.latents.contexts.collect` (its
     docstring has the shapes). explanations: by number of the latent. title: by default the model,
-    site, layer and kind of the SAE. site, layer: by default those the SAE remembers.
+    site, layer and kind of the SAE.
 
-    Raises ValueError for a latent that the SAE does not have, a latent that is there twice, token
-    ids that the model does not have, an explanation of a latent that is not there, or a score that
-    is no number; OSError if the file cannot be written.
+    Raises ValueError for an SAE that does not remember its place, a latent that it does not have,
+    token ids that the model does not have, an explanation of a latent that is not there, or a score
+    that is no number; OSError if the file cannot be written.
     """
     numbers = contexts.latents
     explanations = dict(explanations or {})
     _check(sae, lm, contexts, explanations)
-    site, layer = site or sae.origin.site, sae.origin.layer if layer is None else layer
-    effects, near = logit_effects(lm, sae, numbers, site=site, layer=layer), nearest(sae, numbers)
-
+    site, layer = place_of(sae)
+    effects, near = logit_effects(lm, sae, numbers), nearest(sae, numbers)
+    where = torch.stack([contexts.document, contexts.row, contexts.position], -1)
     known, (tokens, top, bottom) = vocabulary(contexts.tokens, effects.top, effects.bottom)
-    arrays = _arrays(contexts, effects, near, tokens, top, bottom)
+    arrays = {  # what is shown of each latent, along the first axis
+        "tokens": narrow(tokens),
+        "acts": shades(contexts.acts, contexts.maximum),
+        "quantile": contexts.quantile.numpy().astype(np.int8),
+        "where": where.numpy().astype(np.int32),
+        "histogram": contexts.histogram.clamp_max(2**32 - 1).numpy().astype(np.uint32),
+        "top": narrow(top),
+        "topValue": effects.top_value.numpy(),
+        "bottom": narrow(bottom),
+        "bottomValue": effects.bottom_value.numpy(),
+        "near": near.latents.numpy().astype(np.uint32),
+        "cosine": near.cosine.numpy(),
+    }
     blocks = [
         {name: a[start : start + BLOCK] for name, a in arrays.items()}
         for start in range(0, len(numbers), BLOCK)
@@ -127,51 +136,16 @@ def _check(sae: SAE, lm: LM, contexts: Contexts, explanations: dict[int, Explana
             f"contexts.latents must name latents of this SAE, 0 to {sae.d_sae - 1}, at least one, "
             f"got {numbers.tolist()[:5]}"
         )
-    if len(numbers.unique()) < len(numbers):
-        raise ValueError("contexts.latents names a latent twice: give each one once")
     if int(contexts.tokens.max()) >= lm.config.vocab_size:
         raise ValueError(
             f"the contexts hold token {int(contexts.tokens.max())}, {lm.name} has "
             f"{lm.config.vocab_size}: they are of another model"
         )
-    for number, given in explanations.items():
-        if given.score is not None and not np.isfinite(given.score):
-            raise ValueError(
-                f"the score of latent {number} is {given.score}: give a number, or None where "
-                "there is none"
-            )
     if unknown := sorted(set(explanations) - set(numbers.tolist())):
         raise ValueError(
             f"explanations of latents without contexts: {unknown[:5]}; leave them out, or collect "
             "their contexts"
         )
-
-
-def _arrays(
-    contexts: Contexts,
-    effects: Effects,
-    near: Near,
-    tokens: torch.Tensor,
-    top: torch.Tensor,
-    bottom: torch.Tensor,
-) -> dict[str, np.ndarray]:
-    """What is shown of each latent, along the first axis; tokens, top, bottom: places in the
-    vocabulary."""
-    return {
-        "tokens": narrow(tokens),
-        "acts": shades(contexts.acts, contexts.maximum),
-        "quantile": contexts.quantile.numpy().astype(np.int8),
-        "where": torch.stack([contexts.document, contexts.row, contexts.position], -1)
-        .numpy()
-        .astype(np.int32),
-        "histogram": contexts.histogram.clamp_max(2**32 - 1).numpy().astype(np.uint32),
-        "top": narrow(top),
-        "topValue": effects.top_value.numpy(),
-        "bottom": narrow(bottom),
-        "bottomValue": effects.bottom_value.numpy(),
-        "near": near.latents.numpy().astype(np.uint32),
-        "cosine": near.cosine.numpy(),
-    }
 
 
 def _peaks(contexts: Contexts, tokens: torch.Tensor, most: int = 4) -> list[list[int]]:
@@ -199,27 +173,23 @@ def read_explanations(path: str | Path) -> dict[int, Explanation]:
     """Explanations from a CSV with the columns latent, explanation and, if there are scores, score
     (may be empty).
 
-    Raises FileNotFoundError for no such file, ValueError for other columns, or a row that is not of
-    this form, naming the line.
+    Raises FileNotFoundError for no such file, ValueError for one that is not of this form.
     """
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        if missing := {"latent", "explanation"} - set(reader.fieldnames or ()):
-            raise ValueError(
-                f"{path} lacks the column {' and '.join(sorted(missing))}: expected latent, "
-                "explanation, score"
-            )
-        found: dict[int, Explanation] = {}
-        for line, row in enumerate(reader, start=2):
-            try:
-                number = int(row["latent"])
-                score = float(row["score"]) if row.get("score") else None
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}, row {line}: {error}; expected the number of a latent and a score or "
-                    "nothing"
-                ) from error
-            if number in found:
-                raise ValueError(f"{path}, row {line}: latent {number} is there twice")
-            found[number] = Explanation(row["explanation"], score)
-    return found
+    import pandas as pd
+
+    options = {"keep_default_na": False, "na_values": {"score": [""]}}
+    table = pd.read_csv(path, dtype={"explanation": str}, **options)
+    if missing := {"latent", "explanation"} - set(table):
+        raise ValueError(
+            f"{path} lacks the column {' and '.join(sorted(missing))}: expected latent, "
+            "explanation, score"
+        )
+    table["score"] = table.get("score", np.nan)
+    if table.latent.dtype.kind != "i" or table.score.dtype.kind not in "if":
+        raise ValueError(f"{path}: expected the number of a latent and a score or nothing in a row")
+    if table.latent.duplicated().any():
+        raise ValueError(f"{path}: latent {table.latent[table.latent.duplicated()].iloc[0]} twice")
+    return {
+        int(row.latent): Explanation(row.explanation, None if np.isnan(row.score) else row.score)
+        for row in table.itertuples()
+    }

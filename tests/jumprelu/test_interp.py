@@ -222,7 +222,6 @@ def table(setting):
         ByToken(),
         count=12,
         choice=SMALL,
-        edges=(0.1, 0.3),
     )
 
 
@@ -256,7 +255,7 @@ def test_explanations_beat_those_of_other_latents_on_documents_not_seen(table):
 
 def test_a_study_gives_the_same_again_and_does_not_depend_on_the_other_saes(setting, table):
     lm, sae, tokens = setting
-    alone = study({"one": sae}, lm, tokens, ByToken(), count=12, choice=SMALL, edges=(0.1, 0.3))
+    alone = study({"one": sae}, lm, tokens, ByToken(), count=12, choice=SMALL)
     pd.testing.assert_frame_equal(alone, table[table.sae == "one"].reset_index(drop=True))
 
 

@@ -96,12 +96,12 @@ def test_the_gain_of_gemmas_norm_is_one_plus_its_weight():
 
 def test_logit_effects_need_the_place_and_the_width():
     lm = tiny_lm()
-    with pytest.raises(ValueError, match="give site and layer"):
+    with pytest.raises(ValueError, match="does not remember where"):
         logit_effects(lm, random_sae(D_MODEL, 4, site=None), torch.arange(4))
     with pytest.raises(ValueError, match="d_in = 8, which is not the width of resid_post"):
         logit_effects(lm, random_sae(8, 4), torch.arange(4))
     with pytest.raises(ValueError, match="unknown site"):
-        logit_effects(lm, random_sae(D_MODEL, 4), torch.arange(4), site="there")
+        logit_effects(lm, random_sae(D_MODEL, 4, site="there"), torch.arange(4))
     bare = tiny_lm()
     del bare.model.model.norm
     with pytest.raises(
@@ -251,10 +251,9 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
             {},
             "must name latents of this SAE, 0 to 39",
         ),
-        (contexts._replace(latents=torch.zeros(40, dtype=torch.long)), {}, "names a latent twice"),
         (contexts._replace(tokens=contexts.tokens + VOCAB), {}, "of another model"),
         (contexts, {77: Explanation("x")}, r"without contexts: \[77\]"),
-        (contexts, {3: Explanation("x", float("nan"))}, "score of latent 3 is nan"),
+        (contexts, {3: Explanation("x", float("nan"))}, "not JSON compliant"),
     ]
     for given, texts, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -314,8 +313,8 @@ def test_the_command_line_says_what_is_wrong(files, tmp_path, capsys):
     table = tmp_path / "e.csv"
     for text, message in [
         ("a,b\n", "lacks the column explanation and latent"),
-        ("latent,explanation\nx,y\n", "row 2"),
-        ("latent,explanation\n1,y\n1,z\n", "row 3: latent 1 is there twice"),
+        ("latent,explanation\nx,y\n", "expected the number of a latent"),
+        ("latent,explanation\n1,y\n1,z\n", "latent 1 twice"),
     ]:
         table.write_text(text)
         assert run(files, "--explanations", str(table)) == 2 and message in capsys.readouterr().err
