@@ -7,7 +7,6 @@ alike, and 1/‖y‖₀ where one alone does.
 
 Source: Gemma Scope (Lieberum et al. 2024), its evaluation of r_L0.
 
-Notable here:
 - the formulas are the paper's. From memory, because no text that could be read says it: the
   gradient is that of a token's own L, the prediction made at its position, and not of later ones
   that attend to it; and all of x is replaced by x̂ meanwhile.
@@ -82,12 +81,10 @@ def token_uniformity(
     # the last block that splicing cannot change, or is about to replace
     known = known_before(site, layer)
     values, l0, rows = [], [], []
-    for start in tqdm(
-        range(0, len(tokens), batch_rows), desc="attributing", unit="batch", mininterval=1
-    ):
-        ids, keep, positions = (
-            part[start : start + batch_rows].to(lm.device) for part in (tokens.ids, ordinary, drawn)
-        )
+    starts = range(0, len(tokens), batch_rows)
+    for start in tqdm(starts, desc="attributing", unit="batch", mininterval=1):
+        some = (part[start : start + batch_rows] for part in (tokens.ids, ordinary, drawn))
+        ids, keep, positions = (part.to(lm.device) for part in some)
         with record_blocks(lm, [known] if known >= 0 else []) as blocks:
             capture(lm, [(site, layer)], ids)  # no further than there
         for position in positions.T:
@@ -123,9 +120,8 @@ def _attributions(
     """y at one position of each row, [rows, d_sae]; ids, keep: [rows, positions]; position:
     [rows]."""
     at = torch.arange(len(ids), device=ids.device)
-    own = (keep.flatten().cumsum(0) - 1).view(keep.shape)[
-        at, position
-    ]  # where they are among the tokens that are replaced
+    # where they are among the tokens that are replaced
+    own = (keep.flatten().cumsum(0) - 1).view(keep.shape)[at, position]
     found = {}
 
     def replace(value: torch.Tensor) -> torch.Tensor:
@@ -136,9 +132,8 @@ def _attributions(
         return value.index_put((keep,), x_hat.to(value.dtype))
 
     with torch.enable_grad(), splice(lm, site, layer, replace):
-        wanted, place = position.unique(
-            return_inverse=True
-        )  # logits of whole rows would be most of the work
+        # logits of whole rows would be most of the work
+        wanted, place = position.unique(return_inverse=True)
         logits = lm.model(ids, use_cache=False, logits_to_keep=wanted).logits[at, place].float()
         objective = logits[at, ids[at, position + 1]] - logits.mean(-1)
         (gradient,) = torch.autograd.grad(objective.sum(), found["x_hat"])

@@ -59,33 +59,21 @@ def pearson(true: np.ndarray, predicted: np.ndarray) -> float:
     return 0.0 if np.ptp(predicted) == 0 else float(np.corrcoef(true, predicted)[0, 1])
 
 
-class Classified(NamedTuple):
-    balanced_accuracy: float
-    """Mean of the shares of positives and of negatives that are called so; 0.5 by chance."""
-    f1: float
-    """Harmonic mean of precision and recall; 0 without a true positive."""
-
-
-def classified(true: np.ndarray, said: np.ndarray) -> Classified:
-    """Both scores of a yes-or-no classification, as delphi computes them; NaN without examples of
-    both kinds. bool [n]."""
-    true, said = np.asarray(true, bool), np.asarray(said, bool)
+def balanced_accuracy(true: np.ndarray, said: np.ndarray) -> float:
+    """Mean of the shares of positives and of negatives that are called so, 0.5 by chance; NaN
+    without examples of both kinds. bool [n]."""
     if true.all() or not true.any():
-        return Classified(float("nan"), float("nan"))
-    both = (true & said).sum()
-    return Classified(
-        float(said[true].mean() + (~said[~true]).mean()) / 2,
-        float(2 * both / (true.sum() + said.sum())),
-    )
+        return float("nan")
+    return float(said[true].mean() + (~said[~true]).mean()) / 2
 
 
-def detection(acts: np.ndarray, predicted: np.ndarray, cut: float) -> Classified:
+def detection(acts: np.ndarray, predicted: np.ndarray, cut: float) -> float:
     """Which windows activate the latent? Said of those with a prediction of at least `cut`. acts,
     predicted: [n, w]."""
-    return classified((acts > 0).any(1), (predicted >= cut).any(1))
+    return balanced_accuracy((acts > 0).any(1), (predicted >= cut).any(1))
 
 
-def fuzzing(acts: np.ndarray, predicted: np.ndarray, real: np.ndarray, seed: int = 0) -> Classified:
+def fuzzing(acts: np.ndarray, predicted: np.ndarray, real: np.ndarray, seed: int = 0) -> float:
     """Are the right tokens marked? Right: the active tokens of an active window. Wrong, as in
     delphi: in silent windows, as many random tokens as are active in an active window on average.
     The marks are called right where the mean prediction at them is above that at the window's other
@@ -105,7 +93,7 @@ def fuzzing(acts: np.ndarray, predicted: np.ndarray, real: np.ndarray, seed: int
         _mean(predicted[row], marks) > _mean(predicted[row], real[row] & ~marks)
         for row, marks, _ in marked
     ]
-    return classified(np.array([right for *_, right in marked], bool), np.array(said, bool))
+    return balanced_accuracy(np.array([right for *_, right in marked], bool), np.array(said, bool))
 
 
 def _mean(values: np.ndarray, where: np.ndarray) -> float:
@@ -117,8 +105,6 @@ class Score(NamedTuple):
     detection: float
     """Balanced accuracy, as is fuzzing."""
     fuzzing: float
-    detection_f1: float
-    fuzzing_f1: float
     missing: float
     """Share of tokens without a prediction; windows that have one are left out of the scores."""
 
@@ -132,13 +118,10 @@ def score(
     lost = real & np.isnan(predicted)
     whole = ~lost.any(1)
     acts, predicted, real = held_out.acts[whole], np.where(real, predicted, 0)[whole], real[whole]
-    detected, fuzzed = detection(acts, predicted, cut), fuzzing(acts, predicted, real, seed)
     return Score(
         pearson(binned(acts[real], maximum), predicted[real]),
-        detected.balanced_accuracy,
-        fuzzed.balanced_accuracy,
-        detected.f1,
-        fuzzed.f1,
+        detection(acts, predicted, cut),
+        fuzzing(acts, predicted, real, seed),
         float(lost.sum() / max(1, (held_out.tokens >= 0).sum())),
     )
 

@@ -1,6 +1,5 @@
 """One self-contained HTML file from a template, a style, a script and data.
 
-Notable here:
 - the file asks for nothing: its Content-Security-Policy forbids every request and every script and
   style but its own, which it names by their hashes; `require-trusted-types-for 'script'` forbids to
   make HTML of text.
@@ -48,13 +47,8 @@ def page(
         "img-src data:; connect-src 'none'; base-uri 'none'; form-action 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'"
     )
-    fields = {
-        "policy": html.escape(policy),
-        "title": html.escape(title),
-        "style": style,
-        "script": script,
-        **blocks,
-    }
+    fields = {"policy": html.escape(policy), "title": html.escape(title), **blocks}
+    fields |= {"style": style, "script": script}
     parts = _asset(f"{name}.html").split("%%")  # text, name of a field, text, …
     return "".join(fields[part] if i % 2 else part for i, part in enumerate(parts))
 
@@ -63,9 +57,8 @@ def data_text(value: Any) -> str:
     """`value` as compact JSON that cannot end a script element: `<` is written as an escape. Raises
     ValueError for NaN."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return (
-        text.replace("<", "\\u003c").encode("utf-8", "replace").decode()
-    )  # half a surrogate pair is not text
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is not text
+    return text.replace("<", "\\u003c")
 
 
 def pack(arrays: Mapping[str, np.ndarray]) -> str:
@@ -92,9 +85,8 @@ def vocabulary(*ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 def narrow(index: torch.Tensor) -> np.ndarray:
     """Indices ≥ 0 as uint16, or as uint32 where they need it."""
-    return index.numpy().astype(
-        np.uint16 if not index.numel() or int(index.max()) < 2**16 else np.uint32
-    )
+    few = not index.numel() or int(index.max()) < 2**16
+    return index.numpy().astype(np.uint16 if few else np.uint32)
 
 
 def shades(acts: torch.Tensor, maximum: torch.Tensor) -> np.ndarray:
