@@ -1,9 +1,9 @@
-"""Standard errors, and 95 % confidence intervals: over documents, groups of documents, repeats."""
+"""Standard errors and 95 % confidence intervals over documents and groups of documents."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -77,29 +77,6 @@ class Interval(NamedTuple):
     def half(self) -> float | np.ndarray:
         """Half the width."""
         return (self.high - self.low) / 2
-
-
-def mean_interval(
-    values: Sequence[float] | np.ndarray | torch.Tensor, comparisons: int = 1
-) -> Interval:
-    """Mean over axis 0 of independent `values`, shape [n, ...], with Student's t-interval; ends are
-    NaN where n is 1.
-
-    With `comparisons` > 1 that many intervals hold *together* (Bonferroni). Values of shape [n]
-    give plain floats. Raises ValueError for no values.
-    """
-    from scipy import stats  # a second of import time
-
-    values = np.asarray(values, dtype=float)
-    n = len(values)
-    if n == 0:
-        raise ValueError("a mean needs at least 1 value, got none")
-    mean, half = values.mean(0), np.full(values.shape[1:], math.nan)
-    if n > 1:
-        reach = float(stats.t.ppf(1 - (1 - LEVEL) / 2 / comparisons, n - 1))
-        half = values.std(0, ddof=1) / math.sqrt(n) * reach
-    found = Interval(mean, mean - half, mean + half)
-    return Interval(*map(float, found)) if values.ndim == 1 else found
 
 
 def share_interval(count: int, n: int) -> Interval:

@@ -32,13 +32,13 @@ import torch
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import save_figure, show_facts
-from companion.rails.repeats import summarise
+from companion.rails.repeats import mean_interval, summarise
 from companion.ste import bandwidth, on_activations, plots, theorem
 from companion.ste.lemma import lemma_numeric, lemma_symbolic
 from companion.ste.toy import ACTIVATIONS, Mixture, best_activation, compare_activations
 
 import jumprelu as jr
-from jumprelu.intervals import Interval, mean_interval
+from jumprelu.intervals import Interval
 
 # %% tags=["parameters"]
 threads: int = 2  # CPU threads

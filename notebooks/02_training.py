@@ -29,10 +29,10 @@ from companion.rails import study
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import save_figure, show_facts
+from companion.rails.repeats import mean_interval
 from companion.training.plots import run as plots
 
 import jumprelu as jr
-from jumprelu.intervals import mean_interval
 
 # %% tags=["parameters"]
 model: str = ""  # empty: the embedded model; otherwise a hub id or a folder

@@ -34,11 +34,12 @@ from companion.rails.by_seed import settings
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import save_figure, show_facts
+from companion.rails.repeats import mean_interval
 from companion.rails.stores import harvest_places
 
 import jumprelu as jr
 from jumprelu.dark import darkmatter
-from jumprelu.intervals import Interval, mean_interval
+from jumprelu.intervals import Interval
 
 # %% tags=["parameters"]
 model: str = ""  # empty: the embedded model; otherwise a hub id or a folder

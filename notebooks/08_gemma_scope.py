@@ -32,12 +32,12 @@ from companion.rails.by_seed import difference
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import save_figure, show_facts
-from companion.rails.repeats import over_seeds
+from companion.rails.repeats import mean_interval, over_seeds
 from companion.scope import cost, plots, release, rises, scopestudy
 from companion.training import frequency
 
 import jumprelu as jr
-from jumprelu.intervals import Interval, bootstrap, mean_interval
+from jumprelu.intervals import Interval, bootstrap
 from jumprelu.latents import attribution
 
 # %% tags=["parameters"]

@@ -31,11 +31,12 @@ from companion.rails import frontier, study
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import read_measured, save_figure, show_facts
+from companion.rails.repeats import mean_interval
 from companion.speed import plots, steptime
 
 import jumprelu as jr
 from jumprelu.architectures import Trainee
-from jumprelu.intervals import Interval, mean_interval
+from jumprelu.intervals import Interval
 from jumprelu.support import DENSE, Support
 
 # %% tags=["parameters"]

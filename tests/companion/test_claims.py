@@ -23,8 +23,9 @@ from companion.rails.claims import (
 )
 from companion.rails.profiles import find_notebooks
 from companion.rails.publish import finished
+from companion.rails.repeats import mean_interval
 
-from jumprelu.intervals import Interval, mean_interval
+from jumprelu.intervals import Interval
 
 ROOT = Path(__file__).resolve().parents[2]
 INF, NAN = math.inf, math.nan

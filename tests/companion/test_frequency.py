@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from companion.rails.repeats import mean_interval
 from companion.training import describe
 from companion.training.describe import (
     DESCRIPTORS,
@@ -27,7 +28,6 @@ from companion.training.frequency import (
 from scipy import stats
 
 from jumprelu.corpus import Tokens
-from jumprelu.intervals import mean_interval
 from jumprelu.sae import SAE, Origin
 from jumprelu.sites import capture
 from tests.models import random_ids, tiny_lm

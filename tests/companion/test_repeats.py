@@ -11,12 +11,44 @@ import torch
 from companion.rails.repeats import (
     jackknife,
     leave_one_out,
+    mean_interval,
     over_seeds,
     squared_length,
     summarise,
 )
 
-from jumprelu.intervals import bootstrap, mean_interval
+from jumprelu.intervals import bootstrap
+
+
+def test_mean_interval_by_hand():
+    mean, low, high = mean_interval([1.0, 2.0, 3.0])  # sd 1, t(0.975, 2) = 4.3027
+    assert mean == 2.0 and high - mean == mean - low == pytest.approx(
+        4.302653 / math.sqrt(3), rel=1e-5
+    )
+    assert mean_interval([1.0]).mean == 1.0 and math.isnan(mean_interval([1.0]).half)
+    assert mean_interval([0.0, 2.0], level=0.5).half == pytest.approx(1.0)  # t(0.75, 1) = 1
+    with pytest.raises(ValueError, match="at least 1 value"):
+        mean_interval([])
+
+
+def test_mean_interval_gives_floats_or_one_interval_a_column():
+    table = torch.tensor([[1.0, 10.0], [2.0, 30.0], [6.0, 20.0]])
+    both = mean_interval(table)
+    for column in range(2):
+        one = mean_interval(table[:, column])
+        assert all(type(v) is float for v in one)  # so that a comparison is a plain bool
+        assert one == pytest.approx([v[column] for v in both])
+
+
+def test_intervals_cover_as_often_as_they_say():
+    draws = np.random.default_rng(0).normal(3, 2, (6, 4000))
+
+    def holds(comparisons: int) -> np.ndarray:
+        found = mean_interval(draws, comparisons=comparisons)
+        return (found.low <= 3.0) & (found.high >= 3.0)
+
+    assert abs(holds(1).mean() - 0.95) < 0.012
+    assert holds(20).reshape(-1, 20).all(1).mean() > 0.93
 
 
 def test_summarise_is_an_interval_a_group():

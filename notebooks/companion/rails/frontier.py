@@ -25,7 +25,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from jumprelu.intervals import Interval, mean_interval
+from jumprelu.intervals import Interval
+
+from .repeats import mean_interval
 
 POINTS = 33
 """Points of the grid over the common range of log L0."""

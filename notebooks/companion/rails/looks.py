@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib import ticker
 from matplotlib.axis import Axis
 
-from jumprelu.intervals import mean_interval
+from .repeats import mean_interval
 
 GREY = "#717581"
 """Of what is no data: zero lines, levels to compare with."""

@@ -11,7 +11,28 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from jumprelu.intervals import Interval, bootstrap, mean_interval
+from jumprelu.intervals import Interval, bootstrap
+
+
+def mean_interval(
+    values: Sequence[float] | np.ndarray | torch.Tensor, level: float = 0.95, comparisons: int = 1
+) -> Interval:
+    """Mean over axis 0 of independent `values`, shape [n, ...], with Student's t-interval; ends are
+    NaN where n is 1.
+
+    With `comparisons` > 1 that many intervals hold *together* at `level` (Bonferroni). Values of
+    shape [n] give plain floats. Raises ValueError for no values.
+    """
+    values = np.asarray(values, dtype=float)
+    n = len(values)
+    if n == 0:
+        raise ValueError("a mean needs at least 1 value, got none")
+    mean, half = values.mean(0), np.full(values.shape[1:], math.nan)
+    if n > 1:
+        reach = float(stats.t.ppf(1 - (1 - level) / 2 / comparisons, n - 1))
+        half = values.std(0, ddof=1) / math.sqrt(n) * reach
+    found = Interval(mean, mean - half, mean + half)
+    return Interval(*map(float, found)) if values.ndim == 1 else found
 
 
 def over_seeds(

@@ -23,7 +23,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.optimize import least_squares
 
-from jumprelu.intervals import mean_interval
+from .repeats import mean_interval
 
 STEEPEST = 20.0
 """Largest |exponent| beside an offset. Where y is at its floor from the second x on, any steep law

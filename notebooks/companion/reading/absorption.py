@@ -29,12 +29,11 @@ import torch
 import torch.nn.functional as F
 
 from jumprelu.corpus import Tokens, as_tokens
-from jumprelu.intervals import mean_interval
 from jumprelu.lm import LM
 from jumprelu.sae import SAE
 from jumprelu.sites import capture
 
-from ..rails.repeats import over_seeds
+from ..rails.repeats import mean_interval, over_seeds
 
 WORDS = (
     "and as assert class def del elif else except for from if import in is not or pass raise "

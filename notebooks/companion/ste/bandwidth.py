@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from jumprelu.estimators import KERNELS, REACH, kernel
-from jumprelu.intervals import mean_interval
 
+from ..rails.repeats import mean_interval
 from .theorem import Coder, Gaussian, exact_gradient, expected_estimate, influence, ste_gradients
 
 if TYPE_CHECKING:

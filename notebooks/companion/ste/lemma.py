@@ -14,7 +14,7 @@ import pandas as pd
 import scipy.stats
 import torch
 
-from jumprelu.intervals import mean_interval
+from ..rails.repeats import mean_interval
 
 
 def lemma_symbolic() -> pd.DataFrame:

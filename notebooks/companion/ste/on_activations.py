@@ -23,10 +23,9 @@ import torch
 from tqdm import tqdm
 
 from jumprelu.estimators import jump_relu, step
-from jumprelu.intervals import mean_interval
 from jumprelu.sae import SAE, check_autoencoder
 
-from ..rails.repeats import jackknife, leave_one_out, squared_length
+from ..rails.repeats import jackknife, leave_one_out, mean_interval, squared_length
 from .bandwidth import least_point
 from .theorem import Coder, worth_terms
 

@@ -31,7 +31,8 @@ import torch
 from tqdm import tqdm
 
 from jumprelu.estimators import KERNELS, REACH, jump_relu, kernel, step
-from jumprelu.intervals import mean_interval
+
+from ..rails.repeats import mean_interval
 
 
 class Coder(NamedTuple):

@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from jumprelu.intervals import Interval, mean_interval
+from jumprelu.intervals import Interval
 from jumprelu.lm import LM
 
 from ..rails.lm_loss import token_losses
+from ..rails.repeats import mean_interval
 from .compression import token_bytes
 
 PROMPTS = ("def ", "class ", "import ", '    """Return the ', "The ")

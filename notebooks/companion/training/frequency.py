@@ -16,9 +16,10 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from jumprelu.intervals import Interval, mean_interval, share_interval
+from jumprelu.intervals import Interval, share_interval
 
 from ..rails.frontier import at_l0
+from ..rails.repeats import mean_interval
 from .describe import DESCRIPTORS
 
 

@@ -11,10 +11,11 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from jumprelu.intervals import Interval, mean_interval
+from jumprelu.intervals import Interval
 
 from ...rails.figures import MARKERS, use_style
 from ...rails.looks import error_bars, ticks_at
+from ...rails.repeats import mean_interval
 
 use_style()
 

@@ -8,10 +8,9 @@ import pandas as pd
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from jumprelu.intervals import mean_interval
-
 from ...rails.figures import MARKERS, use_style
 from ...rails.looks import ARCHITECTURES, architecture_look, error_bars
+from ...rails.repeats import mean_interval
 
 use_style()
 

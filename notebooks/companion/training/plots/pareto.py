@@ -8,10 +8,9 @@ import pandas as pd
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from jumprelu.intervals import mean_interval
-
 from ...rails.figures import use_style
 from ...rails.looks import architecture_look, error_bars, plain_ticks
+from ...rails.repeats import mean_interval
 from ...rails.scaling import fit_power_law
 
 use_style()
