@@ -87,13 +87,17 @@ class TrainState:
         """Latents that have not fired for `config.dead_after` tokens: bool [d_sae]."""
         return self.silent >= self.config.dead_after
 
-    def save(self, path: Path, identity: str) -> None:
-        """Write all of it to one file. identity: of the run, which :meth:`load` asks for."""
+    def _tensors(self) -> dict[str, Tensor]:
+        """All of the state that is a tensor, by its name in a checkpoint."""
         tensors = {f"trainee.{name}": tensor for name, tensor in self.trainee.state_dict().items()}
         for name, moments in self.optimizer.moments.items():
             tensors |= {f"adam.{key}.{name}": value for key, value in moments.items()}
-        tensors |= {"silent": self.silent, "generator": self.generator.get_state()}
-        gathered = {name: self.team.gather_to_first(name, t) for name, t in tensors.items()}
+        return tensors | {"silent": self.silent, "generator": self.generator.get_state()}
+
+    def save(self, path: Path, identity: str) -> None:
+        """Write all of it to one file. identity: of the run, which :meth:`load` asks for."""
+        tensors = self._tensors().items()
+        gathered = {name: self.team.gather_to_first(name, tensor) for name, tensor in tensors}
         metadata = {"step": self.step, "log": self.log, "identity": identity}
         metadata["scales"] = self.input_scale.hex(), self.target_scale.hex()
         if self.team.first:
@@ -104,9 +108,9 @@ class TrainState:
         one of another identity."""
         try:
             with safe_open(path, "pt") as f:
-                names = list(f.keys())
-                tensors = {n: self.team.local_latents(n, f.get_tensor(n)) for n in names}
                 metadata = json.loads(f.metadata()["state"])
+                names = list(f.keys())
+                saved = {n: self.team.local_latents(n, f.get_tensor(n)) for n in names}
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(
                 f"the checkpoint {path} is damaged ({error}): delete it to start this run again"
@@ -116,13 +120,10 @@ class TrainState:
                 f"{path} belongs to a run with other activations, another configuration or "
                 "trainer: choose another folder, or delete it. Nothing was overwritten"
             )
-        weights = {name[8:]: t for name, t in tensors.items() if name.startswith("trainee.")}
-        self.trainee.load_state_dict(weights)
-        for name, moments in self.optimizer.moments.items():
-            for key, value in moments.items():
-                value.copy_(tensors[f"adam.{key}.{name}"])
-        self.silent.copy_(tensors["silent"])
-        self.generator.set_state(tensors["generator"])
+        self.generator.set_state(saved.pop("generator"))
+        tensors = self._tensors()
+        for name, tensor in saved.items():
+            tensors[name].copy_(tensor)
         self.step, self.log = metadata["step"], metadata["log"]
         self.optimizer.steps = self.step
         self.input_scale, self.target_scale = map(float.fromhex, metadata["scales"])

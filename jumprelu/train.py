@@ -151,20 +151,20 @@ class _Run:
         import pandas as pd
 
         self._check_finite()
-        sae = self.state.fold(acts)
-        # a round trip through CSV, so that a finished run read back has the very same log
+        sae, device = self.state.fold(acts), self.state.silent.device
         text = pd.DataFrame(self.state.log).to_csv(index=False)
-        if self.folder and self.team.first:
+        self.state = None
+        if not self.folder:  # the log as it would be read back
+            self.result = TrainResult(sae, pd.read_csv(io.StringIO(text)))
+            return
+        if self.team.first:
             sae.save(self.folder)
             write_text(self.folder / "log.csv", text)
             config = dataclasses.asdict(self.config)
             write_json(self.folder / "run.json", {"identity": self.identity, "config": config})
             self.checkpoint.unlink(missing_ok=True)
         self.team.barrier()
-        if not self.team.first:
-            self.team.wait_for_file(self.folder / "run.json")
-            sae = SAE.load(self.folder)
-        self.state, self.result = None, TrainResult(sae, pd.read_csv(io.StringIO(text)))
+        self.read_result(device)
 
 
 def saturated(log: Sequence[Row], sparsity: float) -> bool:
