@@ -15,6 +15,7 @@ on any number of processes, and by itself with torchrun's --max-restarts.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import sys
@@ -41,22 +42,19 @@ from .train import train
 # ---- harvest and evaluate
 
 
+DEFAULT = "(default: %(default)s)"
+SAES = "folder or file of an SAE, of any known format"
+
+
 def add_text(parser: argparse.ArgumentParser, split: str, rows: int) -> None:
     """The options that say which tokens are read, and where."""
-    parser.add_argument(
-        "--corpus",
-        default="installed",
-        help="JSONL, Parquet or text, or a hub dataset; default: documentation of installed "
-        "packages",
-    )
-    parser.add_argument("--split", default=split, help="of the corpus (default: %(default)s)")
-    parser.add_argument(
-        "--rows", type=int, default=rows, help="rows of tokens (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--context-size", type=int, default=128, help="tokens of a row (default: %(default)s)"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    add = parser.add_argument
+    corpus = "JSONL, Parquet or text, or a hub dataset; default: texts of installed packages"
+    add("--corpus", default="installed", help=corpus)
+    add("--split", default=split, help=f"of the corpus {DEFAULT}")
+    add("--rows", type=int, default=rows, help=f"rows of tokens {DEFAULT}")
+    add("--context-size", type=int, default=128, help=f"tokens of a row {DEFAULT}")
+    add("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -77,14 +75,11 @@ def read_text(given: argparse.Namespace) -> tuple[LM, Tokens]:
 def add_harvest(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_text(parser, "train", 10_000)
-    parser.add_argument(
-        "--site", default="resid_post", help="resid_post, mlp_out, attn_out … (default: resid_post)"
-    )
-    parser.add_argument("--layer", type=int, required=True, help="counted from 0")
-    parser.add_argument("--out", required=True, help="folder of the activations")
-    parser.add_argument(
-        "--dtype", default="float32", help="on disk: float32, bfloat16, float16 (default: float32)"
-    )
+    add = parser.add_argument
+    add("--site", default="resid_post", help=f"resid_post, mlp_out, attn_out … {DEFAULT}")
+    add("--layer", type=int, required=True, help="counted from 0")
+    add("--out", required=True, help="folder of the activations")
+    add("--dtype", default="float32", help=f"on disk: float32, bfloat16, float16 {DEFAULT}")
 
 
 def harvest_text(given: argparse.Namespace) -> str:
@@ -94,7 +89,7 @@ def harvest_text(given: argparse.Namespace) -> str:
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sae", help="folder or file of an SAE, of any known format")
+    parser.add_argument("sae", help=SAES)
     add_model(parser)
     add_text(parser, "validation", 500)
     parser.add_argument("--site", help="default: where the SAE was trained")
@@ -111,32 +106,16 @@ def evaluate_sae(given: argparse.Namespace) -> str:
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path, help="folder of activations, as harvest writes it")
-    parser.add_argument("--out", required=True, help="folder for the SAE, log and checkpoint")
-    parser.add_argument("--config", type=Path, metavar="YAML", help="fields of TrainConfig")
-    parser.add_argument(
-        "--set",
-        dest="changes",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="another value for a field of TrainConfig; may be given several times",
-    )
-    parser.add_argument(
-        "--latents",
-        type=int,
-        default=1,
-        metavar="N",
-        help="of the processes that torchrun starts, deal the latents among N, and tokens among "
-        "the rest",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
-    parser.add_argument(
-        "--checkpoint-seconds",
-        type=float,
-        default=60,
-        help="between checkpoints (default: %(default)s)",
-    )
+    add = parser.add_argument
+    add("store", type=Path, help="folder of activations, as harvest writes it")
+    add("--out", required=True, help="folder for the SAE, log and checkpoint")
+    add("--config", type=Path, metavar="YAML", help="fields of TrainConfig")
+    change = "another value for a field of TrainConfig; may be given several times"
+    add("--set", dest="changes", action="append", default=[], metavar="NAME=VALUE", help=change)
+    latents = "deal the latents among N of torchrun's processes, and tokens among the rest"
+    add("--latents", type=int, default=1, metavar="N", help=f"{latents} {DEFAULT}")
+    add("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    add("--checkpoint-seconds", type=float, default=60, help=f"between checkpoints {DEFAULT}")
 
 
 def read_config(path: Path | None, changes: list[str]) -> TrainConfig:
@@ -145,26 +124,25 @@ def read_config(path: Path | None, changes: list[str]) -> TrainConfig:
     Raises ValueError for an unknown field, a value of another type, or one that TrainConfig
     refuses; FileNotFoundError where there is no file.
     """
-    values = parse_yaml(path.read_text(encoding="utf-8"), str(path)) if path else {}
-    if values is not None and not isinstance(values, dict):
+    values = parse_yaml(path.read_text(encoding="utf-8"), str(path)) if path else None
+    if not isinstance(values, dict | None):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected fields: name: value")
-    values = dict(values or {})
+    values = values or {}
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals:
             raise ValueError(f"--set {change}: expected NAME=VALUE")
         values[name.strip()] = parse_yaml(text, f"--set {change}")
-    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    types = {field.name: str(field.type) for field in dataclasses.fields(TrainConfig)}
     for name, value in values.items():
-        if name not in fields:
-            near = difflib.get_close_matches(str(name), fields, 1, cutoff=0)
+        if name not in types:
+            near = difflib.get_close_matches(str(name), types, 1, cutoff=0)
             raise ValueError(f"TrainConfig has no field {name!r}: did you mean {near[0]!r}?")
-        values[name] = check_type(name, value, str(fields[name].type))
+        values[name] = check_type(name, value, types[name])
     return TrainConfig(**values)
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Plain values; numbers such as 1e-3, which YAML takes for text, are numbers."""
     import yaml
 
     try:
@@ -175,21 +153,17 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def check_type(name: str, value: Any, annotation: str) -> Any:
-    """`value` as a field of type `annotation` holds it: a list as a tuple, a whole number as a
-    float. Raises ValueError for another type."""
+    """`value` as a field of type `annotation` holds it: a list as a tuple; as a float what says
+    one, such as 1e-3, which YAML takes for text. Raises ValueError for another type."""
     if annotation.startswith("tuple"):
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(check_type(name, item, "float") for item in items)
     kinds = annotation.split(" | ")
-    if value is None and "None" in kinds:
-        return None
-    if "float" in kinds and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif type(value).__name__ in kinds:
+    if (type(value).__name__ if value is not None else "None") in kinds:
         return value
+    if "float" in kinds and not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError):
+            return float(value)
     raise ValueError(f"{name} = {value!r}: expected {annotation}")
 
 
@@ -213,19 +187,13 @@ def train_sae(given: argparse.Namespace) -> str | None:
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="folder of an SAE")
-    parser.add_argument("target", metavar="DST", help="folder to write, new or empty")
+    add = parser.add_argument
+    add("source", metavar="SRC", help="folder of an SAE")
+    add("target", metavar="DST", help="folder to write, new or empty")
     written = [name for name, each in FORMATS.items() if each.write]
-    parser.add_argument(
-        "--to", required=True, metavar="FORMAT", choices=written, help="one of %(choices)s"
-    )
-    parser.add_argument(
-        "--from",
-        dest="format",
-        metavar="FORMAT",
-        choices=list(FORMATS),
-        help="one of %(choices)s; recognised from the files by default",
-    )
+    add("--to", required=True, metavar="FORMAT", choices=written, help="one of %(choices)s")
+    known = "one of %(choices)s; recognised from the files by default"
+    add("--from", dest="format", metavar="FORMAT", choices=list(FORMATS), help=known)
 
 
 def convert_sae(given: argparse.Namespace) -> str:
@@ -233,17 +201,16 @@ def convert_sae(given: argparse.Namespace) -> str:
 
 
 def add_pages(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sae", help="folder or file of an SAE, of any known format")
-    parser.add_argument("model", help="jumprelu-lm (the shipped one), a folder, or a hub id")
-    parser.add_argument("out", type=Path, help="the HTML file to write")
+    add = parser.add_argument
+    add("sae", help=SAES)
+    add("model", help="jumprelu-lm (the shipped one), a folder, or a hub id")
+    add("out", type=Path, help="the HTML file to write")
     add_text(parser, "validation", 2000)
-    parser.add_argument("--latents", type=int, nargs="+", metavar="N", help="only these latents")
+    add("--latents", type=int, nargs="+", metavar="N", help="only these latents")
     columns = "columns latent, explanation, score"
-    parser.add_argument("--explanations", type=Path, metavar="CSV", help=columns)
-    parser.add_argument("--title", help="by default what the SAE says of itself")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="for the choice of contexts (default: %(default)s)"
-    )
+    add("--explanations", type=Path, metavar="CSV", help=columns)
+    add("--title", help="by default what the SAE says of itself")
+    add("--seed", type=int, default=0, help=f"for the choice of contexts {DEFAULT}")
 
 
 def make_pages(given: argparse.Namespace) -> str:
@@ -258,38 +225,25 @@ def make_pages(given: argparse.Namespace) -> str:
 
 def add_rate(parser: argparse.ArgumentParser) -> None:
     ways = parser.add_subparsers(dest="way", required=True, metavar="WAY")
-    make = ways.add_parser("make", help="write a page for the raters and a sealed key")
-    make.add_argument("out", type=Path, help="folder for the page and the key")
-    make.add_argument("saes", nargs="+", metavar="SAE", help="folders of SAEs")
-    make.add_argument(
-        "--per-stratum", type=int, default=5, help="latents of each (default: %(default)s)"
-    )
-    make.add_argument(
-        "--targets",
-        type=float,
-        nargs="+",
-        default=list(rating.TARGETS),
-        metavar="L0",
-        help="L0 targets (default: %(default)s)",
-    )
-    make.add_argument("--seed", type=int, help="for draw and order; default: a secret one")
-    make.add_argument("--title", default=rating.TITLE, help="of the page; must not tell the source")
-    add_model(make)
-    add_text(make, "validation", 2000)
-    score = ways.add_parser("score", help="open the key and count")
-    score.add_argument("key", type=Path, help="key-ID.json")
-    score.add_argument("csv", nargs="+", type=Path, help="what the raters exported")
-    score.add_argument(
-        "--by",
-        nargs="+",
-        default=["architecture"],
-        choices=verdicts.GROUPS,
-        help="what to count by (default: architecture)",
-    )
-    score.add_argument("--partial", action="store_true", help="accept raters who left items out")
-    score.add_argument(
-        "--out", type=Path, metavar="CSV", help="write every item with its source and ratings"
-    )
+    maker = ways.add_parser("make", help="write a page for the raters and a sealed key")
+    add = maker.add_argument
+    add("out", type=Path, help="folder for the page and the key")
+    add("saes", nargs="+", metavar="SAE", help=SAES)
+    add("--per-stratum", type=int, default=5, help=f"latents of each {DEFAULT}")
+    targets, nearest = list(rating.TARGETS), f"each SAE belongs to the nearest {DEFAULT}"
+    add("--targets", type=float, nargs="+", default=targets, metavar="L0", help=nearest)
+    add("--seed", type=int, help="for draw and order; default: a secret one")
+    add("--title", default=rating.TITLE, help="of the page; must not tell the source")
+    add_model(maker)
+    add_text(maker, "validation", 2000)
+    scorer = ways.add_parser("score", help="open the key and count")
+    add = scorer.add_argument
+    add("key", type=Path, help="key-ID.json")
+    add("csv", nargs="+", type=Path, help="what the raters exported")
+    groups = "what to count by, architecture by default: %(choices)s"
+    add("--by", nargs="+", default=["architecture"], choices=verdicts.GROUPS, help=groups)
+    add("--partial", action="store_true", help="accept raters who left items out")
+    add("--out", type=Path, metavar="CSV", help="write every item with its source and ratings")
 
 
 def rate_latents(given: argparse.Namespace) -> str:
@@ -314,11 +268,7 @@ def rate_latents(given: argparse.Namespace) -> str:
 COMMANDS = {
     "harvest": (add_harvest, harvest_text, "store a language model's activations"),
     "train": (add_train, train_sae, "train an SAE on stored activations"),
-    "evaluate": (
-        add_evaluate,
-        evaluate_sae,
-        "sparsity, fidelity and cost of an SAE on held-out text",
-    ),
+    "evaluate": (add_evaluate, evaluate_sae, "sparsity, fidelity and cost on held-out text"),
     "pages": (add_pages, make_pages, "one HTML file to look at the latents of an SAE"),
     "rate": (add_rate, rate_latents, "a blind manual study of latents: make the page, score it"),
     "convert": (add_convert, convert_sae, "an SAE from one library's files to another's"),
