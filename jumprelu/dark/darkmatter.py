@@ -9,7 +9,6 @@ activation.
 how well do ‖SaeError‖² and SaeError itself follow from x by least squares, on documents that the
 fit did not see?
 
-Notable here:
 - no error vector is ever stored: least squares needs sums only (:mod:`jumprelu.dark.regression`),
   and Σxxᵀ once for all SAEs.
 - tokens of one document are alike, so documents are split, never tokens (:func:`split`): maps are
@@ -77,9 +76,8 @@ def split(
     tested = round(test_share * len(documents))
     if tested < 2 or len(documents) - tested < folds:
         raise ValueError(
-            f"{len(documents)} documents with tokens from position {start} on, {tested} of them "
-            f"for testing, are too few for {folds} folds and a test: harvest more, with "
-            "rows_per_document=1"
+            f"{len(documents)} documents with tokens from position {start} on, {tested} of them to "
+            f"test on, are too few for {folds} folds: harvest more, with rows_per_document=1"
         )
     fold = torch.empty(len(documents), dtype=torch.long)
     fold[order[:tested]] = -1
@@ -109,8 +107,7 @@ def stream(acts: Activations, parts: Split, which: str = "all") -> Iterator[Rows
         document = torch.searchsorted(parts.documents, known).clamp(max=len(parts.documents) - 1)
         if not torch.equal(parts.documents[document], known):
             raise ValueError(
-                f"{acts.folder} has documents that the split does not know: make it with `split` "
-                "from this store, or from one of the same tokens"
+                f"{acts.folder} has documents that the split does not know: make one of this store"
             )
         fold = parts.fold[document]
         wanted = {"fit": fold >= 0, "test": fold < 0, "all": fold >= -1}[which]
@@ -325,9 +322,8 @@ def _fit(
         for sae, own in zip(saes.values(), linear, strict=True):
             targets.append(_Vectors.of(x, sae, own).squares()[:, 3:])
         moments.add(x, torch.cat(targets, -1), fold.to(device))
-    more = moments.fit(
-        moments.best_ridge(torch.arange(2 * many, device=device), ridges, bias), bias
-    )
+    each = torch.arange(2 * many, device=device)
+    more = moments.fit(moments.best_ridge(each, ridges, bias), bias)
     found = {}
     for n, name in enumerate(saes):
         two = slice(2 * n, 2 * n + 2)

@@ -10,10 +10,8 @@ A token that is given as many steps as its L0 gets a code of no more latents: wh
 by was the encoder's. Source: Engels et al. 2024 (arXiv 2410.14670); the steps are those of
 Blumensath & Davies 2008, clipped at 0.
 
-Notable here:
 - η is the best step before clipping: where nothing is clipped, ‖r‖² falls by ⟨c, r⟩²/⟨c, c⟩. Where
-  something is, ‖r‖ may rise; the formulas are followed all the same. The best code on the way is
-  not sought: the last one counts.
+  something is, ‖r‖ may rise. The last code counts, not the best on the way.
 - ⟨c, r⟩ = ‖g‖², so that ⟨c, c⟩ = 0 means g = 0: nothing is left to do on S, and η is 0.
 - no [batch, d_sae] of weights: each token keeps its latents and weights, and gD and wD are
   embedding bags, which add up atoms without a copy of them. r is computed from w anew at each step:
@@ -53,15 +51,12 @@ def pursue(
             f"x must be [tokens, d_in] with this SAE's d_in = {sae.d_in}, got {list(x.shape)}: raw "
             "activations of its site, with x.flatten(0, -2) where they are in sequences"
         )
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
     if steps is None:
-        steps = torch.cat(
-            [
-                sae.encode(part, sparse=True).indices()[0].bincount(minlength=len(part))
-                for part in x.split(batch)
-            ]
-        )
+        counts = []
+        for part in x.split(batch):
+            token = sae.encode(part, sparse=True).indices()[0]
+            counts.append(token.bincount(minlength=len(part)))
+        steps = torch.cat(counts)
     elif not isinstance(steps, torch.Tensor):
         steps = torch.full((len(x),), steps)
     if steps.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
@@ -77,10 +72,8 @@ def pursue(
     dtype = torch.promote_types(sae.W_dec.dtype, torch.float32)
     atoms = sae.W_dec.to(dtype)
     steps, order = steps.to(x.device, torch.int64).sort(descending=True)
-    indices, values = (
-        [torch.empty(2, 0, dtype=torch.int64, device=x.device)],
-        [torch.empty(0, dtype=dtype, device=x.device)],
-    )
+    indices = [torch.empty(2, 0, dtype=torch.int64, device=x.device)]
+    values = [torch.empty(0, dtype=dtype, device=x.device)]
     for tokens, theirs in zip(order.split(batch), steps.split(batch), strict=True):
         latent, weight = _pursue(x[tokens].to(dtype) - sae.b_dec, atoms, theirs)
         row, slot = weight.nonzero(as_tuple=True)
@@ -106,12 +99,8 @@ def _pursue(
     residual = signal
     for step in range(most):
         n = int((steps > step).sum())
-        signal, residual, latent, weight = (
-            signal[:n],
-            residual[:n],
-            latents[:n, : step + 1],
-            weights[:n, : step + 1],
-        )
+        signal, residual = signal[:n], residual[:n]
+        latent, weight = latents[:n, : step + 1], weights[:n, : step + 1]
         q = residual @ atoms.T
         best = q.max(-1).indices  # argmax is the slower one
         support = weight != 0

@@ -1,7 +1,6 @@
 """Least squares from sums: ridge regression of many targets, on more rows than fit in memory, with
 cross-validation.
 
-Notable here:
 - Σxxᵀ, Σxyᵀ and their like are all that least squares needs. They are kept in float64 about a shift
   near the mean of x, so that little cancels; a fold of rows has its own, so that leaving it out is
   a subtraction.
@@ -55,13 +54,8 @@ class Moments:
         """Moments of other targets on the same rows, to be given once more: Σxxᵀ is taken over, and
         not computed again."""
         other = Moments(self.shift, m, self.folds)
-        other.n, other.x, other.xx, other.complete, other._known = (
-            self.n,
-            self.x,
-            self.xx,
-            True,
-            self._known,
-        )
+        other.n, other.x, other.xx = self.n, self.x, self.xx
+        other.complete, other._known = True, self._known
         return other
 
     def add(self, x: torch.Tensor, y: torch.Tensor, fold: torch.Tensor | None = None) -> None:
@@ -86,21 +80,14 @@ class Moments:
         kept = [fold for fold in range(self.folds) if fold != left_out]
         n, x, xx, y, xy = (sums[kept].sum(0) for sums in (self.n, self.x, self.xx, self.y, self.xy))
         if not n > 0:
-            raise ValueError(
-                "no rows to fit a linear map to: add some first, of at least two folds for "
-                "cross-validation"
-            )
+            raise ValueError("no rows to fit a linear map to: add some, of two folds at least")
         if bias:
             centre, centre_y = x / n, y / n
             gram, cross = xx - torch.outer(x, centre), xy - torch.outer(x, centre_y)
         else:  # about zero, not about the shift
             centre, centre_y = -self.shift, torch.zeros_like(y)
-            gram = (
-                xx
-                + torch.outer(x, self.shift)
-                + torch.outer(self.shift, x)
-                + n * torch.outer(self.shift, self.shift)
-            )
+            gram = xx + torch.outer(x, self.shift) + torch.outer(self.shift, x)
+            gram = gram + n * torch.outer(self.shift, self.shift)
             cross = xy + torch.outer(self.shift, y)
         if (bias, left_out) not in self._known:
             self._known[bias, left_out] = torch.linalg.eigh(gram / n)
@@ -109,13 +96,10 @@ class Moments:
 
     def _solve(self, spectrum: tuple[torch.Tensor, ...], ridge: float | torch.Tensor) -> Linear:
         values, vectors, cross, centre, centre_y = spectrum
-        varies = (
-            values > values[-1] * len(values) * torch.finfo(torch.float64).eps
-        )  # else x has nothing in that direction
-        penalised = (
-            values[:, None]
-            + torch.as_tensor(ridge, dtype=torch.float64, device=values.device) * values.mean()
-        )
+        # else x has nothing in that direction
+        varies = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
+        ridge = torch.as_tensor(ridge, dtype=torch.float64, device=values.device)
+        penalised = values[:, None] + ridge * values.mean()
         weight = vectors @ torch.where(varies[:, None], cross / penalised, 0.0)
         return Linear(weight, centre_y - (self.shift + centre) @ weight)
 
@@ -129,16 +113,11 @@ class Moments:
 
     def squared_error(self, fit: Linear, fold: int) -> torch.Tensor:
         """Σ (y − fit(x))² over the rows of a fold, for each target, [m], from the sums alone."""
-        n, x, xx, y, xy, yy = (
-            sums[fold] for sums in (self.n, self.x, self.xx, self.y, self.xy, self.yy)
-        )
+        every = self.n, self.x, self.xx, self.y, self.xy, self.yy
+        n, x, xx, y, xy, yy = (sums[fold] for sums in every)
         weight, bias = fit.weight, fit.bias + self.shift @ fit.weight  # of the shifted x
-        return (
-            yy
-            - 2 * ((weight * xy).sum(0) + bias * y)
-            + (weight * (xx @ weight)).sum(0)
-            + bias * (2 * x @ weight + n * bias)
-        )
+        linear = 2 * ((weight * xy).sum(0) + bias * y)
+        return yy - linear + (weight * (xx @ weight)).sum(0) + bias * (2 * x @ weight + n * bias)
 
     def best_ridge(
         self, group: torch.Tensor, ridges: Sequence[float] = RIDGES, bias: bool = True
@@ -156,15 +135,11 @@ class Moments:
                 f"cross-validation needs rows in at least two folds, got {len(used)}: give `split` "
                 "more folds"
             )
-        errors = torch.zeros(
-            len(ridges), int(group.max()) + 1, dtype=torch.float64, device=self.shift.device
-        )
+        errors = self.shift.new_zeros(len(ridges), int(group.max()) + 1)
         for fold in used:
             spectrum = self._spectrum(bias, fold)
             for number, ridge in enumerate(ridges):
-                errors[number].index_add_(
-                    0, group, self.squared_error(self._solve(spectrum, ridge), fold)
-                )
-        return torch.tensor(ridges, dtype=torch.float64, device=group.device)[errors.argmin(0)][
-            group
-        ]
+                error = self.squared_error(self._solve(spectrum, ridge), fold)
+                errors[number].index_add_(0, group, error)
+        best = errors.argmin(0)[group]
+        return torch.tensor(ridges, dtype=torch.float64, device=group.device)[best]

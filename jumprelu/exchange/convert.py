@@ -1,6 +1,5 @@
 """An SAE from one library's files to another's: `python -m jumprelu convert SRC DST --to FORMAT`.
 
-Notable here:
 - DST appears whole or not at all: the copy is made beside it, read back and compared, and only then
   gets its name.
 - the comparison is of what the two SAEs compute. Activations are compared before θ and TopK cut,
@@ -36,28 +35,20 @@ def difference(one: SAE, two: SAE, seed: int = 0) -> dict[str, float]:
     where k differs. Raises ValueError for other sizes.
     """
     if (one.d_in, one.d_sae) != (two.d_in, two.d_sae):
-        raise ValueError(
-            f"SAEs of d_in, d_sae = {one.d_in}, {one.d_sae} and {two.d_in}, {two.d_sae} cannot be "
-            "compared"
-        )
+        sizes = f"{one.d_in}, {one.d_sae} and {two.d_in}, {two.d_sae}"
+        raise ValueError(f"SAEs of d_in, d_sae = {sizes} cannot be compared")
     generator = torch.Generator().manual_seed(seed)
     latent = torch.randint(one.d_sae, (PROBES, min(8, one.d_sae)), generator=generator)
     size = one.threshold[latent] + one.threshold.mean() + one.b_dec.norm() / 8 + 0.1
-    acts = torch.zeros(PROBES, one.d_sae).scatter(
-        1, latent, size * (1 + torch.rand(latent.shape, generator=generator))
-    )
+    size = size * (1 + torch.rand(latent.shape, generator=generator))
+    acts = torch.zeros(PROBES, one.d_sae).scatter(1, latent, size)
     x = one.decode(acts)
-    x = x + 0.1 * x.norm(dim=-1, keepdim=True) / one.d_in**0.5 * torch.randn(
-        x.shape, generator=generator
-    )
-    encode = max(
-        _relative(one.preactivations(x), two.preactivations(x)),
-        _relative(one.threshold, two.threshold),
-    )
-    return {
-        "encode": encode if one.k == two.k else math.inf,
-        "decode": _relative(one.decode(acts), two.decode(acts)),
-    }
+    noise = torch.randn(x.shape, generator=generator) / one.d_in**0.5
+    x = x + 0.1 * x.norm(dim=-1, keepdim=True) * noise
+    encode = _relative(one.preactivations(x), two.preactivations(x))
+    encode = max(encode, _relative(one.threshold, two.threshold))
+    decode = _relative(one.decode(acts), two.decode(acts))
+    return {"encode": encode if one.k == two.k else math.inf, "decode": decode}
 
 
 def _relative(one: torch.Tensor, two: torch.Tensor) -> float:

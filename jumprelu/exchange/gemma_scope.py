@@ -7,7 +7,6 @@ Sources: Lieberum et al. 2024, Gemma Scope; for Gemma Scope 2 (McDougall et al. 
 documentation of its repositories and SAELens's table of them. Both run as f = π ⊙ H(π − θ)₊ on raw
 activations, without subtracting b_dec.
 
-Notable here:
 - arrays are taken as released: atoms have a norm near 1 but not exactly 1, and `input_scale` is 1,
   because the scale of training is not known.
 - sites have the names of :mod:`jumprelu.sites`: `attn_out` is the heads, concatenated, before the
@@ -72,12 +71,11 @@ _SECOND = re.compile(
 
 
 class Wanted(NamedTuple):
-    """What a caller says of an SAE of a release; None: nothing."""
+    """What a caller says of an SAE of a release; None: nothing. width: a label such as "16k"."""
 
     site: str | None = None
     layer: int | None = None
     width: str | None = None
-    """A label such as "16k" (:func:`width_label`)."""
     l0: float | str | None = None
     path: str | None = None
 
@@ -113,10 +111,7 @@ def width_label(width: int | str) -> str:
     if isinstance(width, int):
         return f"{width // 10**6}m" if width >= 10**6 else f"{width // 1000}k"
     if not re.fullmatch(r"\d+[km]", width.lower()):
-        raise ValueError(
-            "width must be a number of latents such as 16384, or a label such as '16k' or '1m', "
-            f"got {width!r}"
-        )
+        raise ValueError(f"width must be a number like 16384 or a label like '16k', got {width!r}")
     return width.lower()
 
 
@@ -145,8 +140,8 @@ def _entries(source: str | Path, revision: str | None = None) -> list[Entry]:
     if not found:
         raise FileNotFoundError(
             f"no SAE in {source}: expected files such as {path_for(20, '16k', 68)}/params.npz or "
-            f"resid_post/layer_12_width_16k_l0_medium/params.safetensors, "
-            f"found {paths[:3] or 'none'}"
+            "resid_post/layer_12_width_16k_l0_medium/params.safetensors, found "
+            f"{paths[:3] or 'none'}"
         )
     return sorted(found, key=lambda entry: entry.order)
 
@@ -155,14 +150,13 @@ def _parse(full: str, path: str) -> Entry | None:
     """What the full path of a file, repository included, says of its SAE; None if it is not one."""
     if match := _SECOND.search(full):
         variant = " ".join(filter(None, ["all" if match["all"] else "", match["variant"]]))
-        layer = int(match["layer"])
-        return Entry(match["site"], layer, match["width"], match["l0"], variant, path)
+        return Entry(match["site"], int(match["layer"]), match["width"], match["l0"], variant, path)
     if match := _FIRST.search(full):
+        if match["layer"] is None:
+            return Entry("embedding", None, match["width"], int(match["l0"]), "", path)
         release = _RELEASE.search(full)
         site = _SITES.get(release["site"]) if release else None
-        layer = None if match["layer"] is None else int(match["layer"])
-        site = "embedding" if layer is None else site
-        return Entry(site, layer, match["width"], int(match["l0"]), "", path)
+        return Entry(site, int(match["layer"]), match["width"], int(match["l0"]), "", path)
     return None
 
 
@@ -180,8 +174,7 @@ def _choose(entries: list[Entry], source: str | Path, wanted: Wanted) -> Entry:
             asked = ", ".join(f"{name} {value}" for name, value in given.items())
             raise FileNotFoundError(f"{source} has no SAE of {asked}: for {name}, there is {there}")
     for name in names:
-        if len({getattr(entry, name) for entry in entries}) > 1:
-            there = _listed(entries, name)
+        if "," in (there := _listed(entries, name)):
             raise ValueError(f"{source} has several SAEs: give {name}, one of {there}")
     # first the plain ones, then those of the suite at every layer, then other variants
     variants = {entry.variant for entry in entries}
@@ -225,10 +218,7 @@ def find(source: str | Path, wanted: Wanted, revision: str | None = None) -> tup
     if wanted.path is not None:
         file = root / wanted.path
         if not file.is_file():
-            raise FileNotFoundError(
-                f"{root} has no file {wanted.path}: jumprelu.exchange.gemma_scope.available lists "
-                "what it has"
-            )
+            raise FileNotFoundError(f"{root} has no file {wanted.path}: see available(...)")
     elif files:
         file = files[0]
         if entry := _parse(file.absolute().as_posix(), ""):
@@ -271,24 +261,21 @@ def read(
     """
     done = {}
     try:
-        for name, array in tqdm(
-            _arrays(file), desc="loading the SAE", unit="array", delay=3, leave=False
-        ):
+        found = tqdm(_arrays(file), desc="loading the SAE", unit="array", delay=3, leave=False)
+        for name, array in found:
             shape = array.shape[::-1] if name == "W_enc" else array.shape
             kept = torch.float32 if name == "threshold" else dtype
             target = torch.empty(shape, device=device, dtype=kept)
             # W_enc is in memory latent by latent, as SAE keeps it
             done[name] = (target.T if name == "W_enc" else target).copy_(array)
     except (zipfile.BadZipFile, zlib.error, SafetensorError, EOFError) as error:
-        raise ValueError(
-            f"{file} is damaged or cut off ({error}): copy or download it again"
-        ) from error
+        raise ValueError(f"{file} is damaged or cut off ({error}): copy it again") from error
     if "scaling_factor" in done:  # activations are multiplied by it when they are decoded
         factor = done.pop("scaling_factor")
         if factor.numel() not in (1, len(done["W_dec"])):
+            shape = tuple(factor.shape)
             raise ValueError(
-                f"{file}: scaling_factor has shape {tuple(factor.shape)}, expected one number, or "
-                "one a latent"
+                f"{file}: scaling_factor has shape {shape}, expected one or one a latent"
             )
         done["W_dec"] *= factor.reshape(-1, 1)
     if "affine_skip_connection" in done:
@@ -326,9 +313,7 @@ def _arrays(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 raise ValueError(f"{file}: {name} is not an array")
             tensor = torch.as_tensor(array)
             if not tensor.is_floating_point():
-                raise ValueError(
-                    f"{file}: {name} is {tensor.dtype}, expected floating-point numbers"
-                )
+                raise ValueError(f"{file}: {name} is {tensor.dtype}, expected floating point")
             if name == "W_enc" and tensor.ndim != 2:
                 raise ValueError(
                     f"{file} is not one SAE: W_enc has shape {tuple(tensor.shape)}, expected "
@@ -376,17 +361,12 @@ def save_gemma_scope(sae: SAE, folder: str | Path) -> Path:
     :func:`available` read. Raises ValueError for TopK, which the layout cannot express.
     """
     if sae.k is not None:
-        raise ValueError(
-            "Gemma Scope's layout has no k: a TopK SAE cannot be written in it; use SAE.save"
-        )
+        raise ValueError("Gemma Scope's layout has no k for a TopK SAE: use SAE.save")
     tensors = {name: getattr(sae, name) for name in ARRAYS}
     if getattr(sae, "W_skip", None) is not None:
         tensors["affine_skip_connection"] = sae.W_skip
-    arrays = {
-        name: np.ascontiguousarray(tensor.detach().float().cpu().numpy())
-        for name, tensor in tensors.items()
-    }
+    arrays = {name: tensor.detach().float().cpu().numpy() for name, tensor in tensors.items()}
     path = Path(folder) / "params.npz"
     with writing(path) as temporary, open(temporary, "wb") as f:
-        np.savez(f, **arrays)
+        np.savez(f, **{name: np.ascontiguousarray(array) for name, array in arrays.items()})
     return path

@@ -75,10 +75,8 @@ def fold(parts: Parts) -> tuple[SAE, tuple[str, ...]]:
         if not torch.allclose(norm, n, atol=1e-5):
             notes.append("atoms keep their norms, because TopK goes by the size of activations")
     if (n != 1).any():
-        notes.append(
-            f"atoms of norm {n.min():.4g} to {n.max():.4g}: brought to 1, the norms moved into the "
-            "encoder"
-        )
+        norms = f"atoms of norm {n.min():.4g} to {n.max():.4g}"
+        notes.append(f"{norms}: brought to 1, the norms moved into the encoder")
     if parts.b_in is not None:
         b_enc = b_enc - parts.b_in @ parts.W_enc
         notes.append("a bias subtracted from the input: moved into b_enc")
@@ -151,10 +149,8 @@ def origin_of(kept: Any, model_name: Any, hook: Any, architecture: str) -> Origi
 def read_settings(path: Path) -> dict[str, Any]:
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ValueError(
-            f"{path} holds a {type(value).__name__}, expected an object with settings: it is "
-            "another file"
-        )
+        kind = type(value).__name__
+        raise ValueError(f"{path} holds a {kind}, expected an object with settings")
     return value
 
 
@@ -171,9 +167,8 @@ def read_pickled(path: Path) -> Tensors:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever broken bytes lead to: not all of it is UnpicklingError
         raise ValueError(
-            f"{path} is refused: it is damaged, or a pickle that holds more than tensors and could "
-            "run code when opened. Copy it again, or save the state_dict() of the SAE where it was "
-            "made"
+            f"{path} is refused: it is damaged, or a pickle of more than tensors, which could run "
+            "code when opened. Copy it again, or save the SAE's state_dict() where it was made"
         ) from error
     if not isinstance(value, dict) or not all(map(torch.is_tensor, value.values())):
         raise ValueError(f"{path} holds no dictionary of tensors: save the state_dict() of the SAE")
@@ -185,5 +180,5 @@ def check_shape(where: Path, W_enc: torch.Tensor, d_in: int, d_sae: int) -> None
     if tuple(W_enc.shape) != (d_in, d_sae):
         raise ValueError(
             f"{where} says d_in = {d_in} and d_sae = {d_sae}, the weights beside it have "
-            f"{tuple(W_enc.shape)}: they are not of one save, copy both again"
+            f"{tuple(W_enc.shape)}: copy both again"
         )

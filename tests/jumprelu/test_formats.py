@@ -200,7 +200,7 @@ def test_the_input_scale_of_saelens(x, tmp_path):
         ({"architecture": "transcoder"}, "transcoder.*expected standard"),
         ({"metadata": {"sae_lens_version": "5.11.0"}}, "5.11.0.*save_model"),
         ({"metadata": {}}, "before 6"),
-        ({"d_sae": F + 1}, "not of one save"),
+        ({"d_sae": F + 1}, "copy both again"),
     ],
 )
 def test_a_saelens_that_is_refused(changed, message, tmp_path):

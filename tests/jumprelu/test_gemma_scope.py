@@ -175,7 +175,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path):
         ),
         "whole numbers": (
             npz(arrays | {"W_dec": np.ones((F, D), int)}),
-            "expected floating-point numbers",
+            "expected floating point",
         ),
         "shapes": (
             npz(arrays | {"b_enc": np.ones(F + 1, np.float32)}),
@@ -279,9 +279,7 @@ def test_widths_are_named_as_in_the_releases(width, label):
 
 
 def test_an_odd_width_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match="width must be a number of latents such as 16384, or a label"
-    ):
+    with pytest.raises(ValueError, match="width must be a number like 16384 or a label"):
         load_sae(tmp_path, width="wide")
 
 

@@ -317,7 +317,6 @@ def test_a_token_that_is_not_finite_is_not_hidden_and_harms_no_other():
         (dict(steps=2.0), "integers, got torch.float32"),
         (dict(steps=torch.ones(40)), "integers, got torch.float32"),
         (dict(steps=torch.ones(40, dtype=torch.bool)), "integers, got torch.bool"),
-        (dict(batch=0), "batch must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_pursued_is_refused(arguments, message):
