@@ -37,6 +37,10 @@ from .store import (
     torch_dtype,
 )
 
+Bucket = tuple[list[str], torch.Tensor, int]
+"""Names of shards, the place of each of their rows in the shuffled order, and how many rows of that
+order to skip."""
+
 
 @dataclass(frozen=True, eq=False)
 class Activations:
@@ -49,7 +53,7 @@ class Activations:
 
     site = property(
         lambda self: self.index["request"]["site"],
-        doc="resid_post, mlp_out or attn_out; None for a tensor.",
+        doc="Named as in jumprelu/sites.py; None for a tensor.",
     )
     layer = property(
         lambda self: self.index["request"]["layer"],
@@ -73,18 +77,15 @@ class Activations:
         return self.n_rows
 
     def __repr__(self) -> str:
-        origin = f"{self.site} of layer {self.layer} of {self.model_name}"
-        if self.model_name is None:
-            origin = "a tensor"
+        place = f"{self.site} of layer {self.layer} of {self.model_name}"
+        origin = place if self.model_name else "a tensor"
         return f"Activations({self.n_rows} rows of {self.d_in} from {origin}, {self.dtype})"
 
     @property
     def fingerprint(self) -> str:
         """Digest of what was asked for, and of the bytes that came."""
-        return digest(
-            self.index["request"],
-            {name: record["sha256"] for name, record in self.index["shards"].items()},
-        )
+        sums = {name: record["sha256"] for name, record in self.index["shards"].items()}
+        return digest(self.index["request"], sums)
 
     def shards(self) -> Iterator[Shard]:
         """All rows in the order of the tokens, a shard at a time. Raises ValueError for a damaged
@@ -133,14 +134,11 @@ class Activations:
                 f"batch_size {batch_size}, start {start}, bucket_rows {bucket_rows}: expected at "
                 "least 1, 0 and 1"
             )
-        return Batches(self, batch_size, seed, start, bucket_rows, pinned)
+        plan = self._bucket_stream(seed, start * batch_size, bucket_rows)
+        return Batches(self, batch_size, plan, pinned)
 
-    def _bucket_stream(
-        self, seed: int, row: int, bucket_rows: int
-    ) -> Iterator[tuple[list[str], torch.Tensor, int]]:
-        """The buckets from the one on that holds row number `row` of the stream: names of shards,
-        the place of each of their rows in the shuffled order, and how many rows of that order come
-        before `row`."""
+    def _bucket_stream(self, seed: int, row: int, bucket_rows: int) -> Iterator[Bucket]:
+        """The buckets from the one on that holds row number `row` of the stream."""
         epoch, skip = divmod(row, self.n_rows)
         while True:
             for number, names in enumerate(self._buckets(seed, epoch, bucket_rows)):
@@ -158,16 +156,16 @@ class Activations:
     def _buckets(self, seed: int, epoch: int, bucket_rows: int) -> list[list[str]]:
         """Names of the shards in the order of this epoch, grouped so that no group of several has
         more than `bucket_rows`."""
-        names = sorted(self.index["shards"])
+        shards = sorted(self.index["shards"].items())
         buckets: list[list[str]] = []
-        rows = bucket_rows
-        for i in torch.randperm(len(names), generator=_generator(seed, epoch)).tolist():
-            more = self.index["shards"][names[i]]["rows"]
-            if not buckets or rows + more > bucket_rows:
+        room = 0
+        for i in torch.randperm(len(shards), generator=_generator(seed, epoch)).tolist():
+            name, record = shards[i]
+            if not buckets or record["rows"] > room:
                 buckets.append([])
-                rows = 0
-            buckets[-1].append(names[i])
-            rows += more
+                room = bucket_rows
+            buckets[-1].append(name)
+            room -= record["rows"]
         return buckets
 
     def _read_into(self, bucket: torch.Tensor, name: str, places: torch.Tensor) -> None:
@@ -199,19 +197,13 @@ class Batches(Iterator[torch.Tensor]):
     """The stream of :meth:`Activations.batches`. A batch is a view of its bucket, which stays in
     memory as long as the batch.
 
-    An error of the reading thread, such as a damaged shard, is raised when the stream comes to that
-    bucket. The thread ends with the stream, after the shard that it is at: :meth:`close` waits for
+    An error of the reading threads, such as a damaged shard, is raised when the stream comes to
+    that bucket. They end with the stream, after the shard that they are at: :meth:`close` waits for
     this, dropping the last reference does not.
     """
 
     def __init__(
-        self,
-        acts: Activations,
-        batch_size: int,
-        seed: int,
-        start: int,
-        bucket_rows: int,
-        pinned: bool = False,
+        self, acts: Activations, batch_size: int, plan: Iterator[Bucket], pinned: bool = False
     ):
         self.waited = 0.0
         """Seconds that the consumer waited for the thread, so far."""
@@ -219,8 +211,7 @@ class Batches(Iterator[torch.Tensor]):
         threads = max(1, min(4, (os.cpu_count() or 1) // 4))
         self._thread = ThreadPoolExecutor(threads, "jumprelu-batches")
         weakref.finalize(self, self._thread.shutdown, wait=False, cancel_futures=True)
-        self._acts, self._batch_size, self._pinned = acts, batch_size, pinned
-        self._plan = acts._bucket_stream(seed, start * batch_size, bucket_rows)
+        self._acts, self._batch_size, self._plan, self._pinned = acts, batch_size, plan, pinned
         self._left: torch.Tensor | None = None
         """What is not yet used of the bucket in use."""
         self._ahead: tuple[torch.Tensor, int, list[Future]] | None = None
@@ -236,7 +227,8 @@ class Batches(Iterator[torch.Tensor]):
                 self._left = self._next_bucket()
             parts.append(self._left[:missing])
             missing -= len(parts[-1])
-            self._left = self._left[len(parts[-1]) :] if len(self._left) > len(parts[-1]) else None
+            rest = self._left[len(parts[-1]) :]
+            self._left = rest if len(rest) else None
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def close(self) -> None:

@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 SUBJECT = Path(__file__).with_name("subject")
 """The shipped language model: weights, tokenizer, the log of its training."""
 
-
 log = logging.getLogger(__name__)
 
 
@@ -59,11 +58,9 @@ def writing(path: str | Path) -> Iterator[Path]:
         os.chmod(temporary, 0o644)  # mkstemp makes 0600
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"could not write {path}: {error.strerror or error}; the old file, if any, "
-            "is untouched. Free some disk space or choose another folder",
-        ) from error
+        why = f"could not write {path}: {error.strerror or error}; the old file, if any, is "
+        why += "untouched. Free some disk space or choose another folder"
+        raise OSError(error.errno, why) from error
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
@@ -107,10 +104,8 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}). It was cut off or edited: delete it and write it "
-            "again"
-        ) from error
+        why = "It was cut off or edited: delete it and write it again"
+        raise ValueError(f"{path} is not valid JSON ({error}). {why}") from error
 
 
 def write_tensors(

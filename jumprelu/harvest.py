@@ -1,15 +1,14 @@
 """Harvest: run the language model over rows of tokens and store its activations.
 
 Notable here:
-- several sites and layers in one pass; the forward stops after the last layer needed.
 - a shard is a function of its rows of tokens alone, is written by rename, and is entered in the
   index afterwards. So a process that is killed at any point leaves a store that the same call
   completes, byte for byte as if it had never stopped (on one machine, with one number of threads
   and one `batch_rows`: these change the last bits of a sum).
 - of two processes that harvest into one folder, one works; the other waits and takes what is there.
 - the model does not wait: activations are copied to the host while the next batch is computed, and
-  a thread checks and writes a shard while the next one is filled.
-- memory: two shards a site, and one batch in the model.
+  a thread checks and writes a shard while the next one is filled. Memory: two shards a site, and
+  one batch in the model.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -72,15 +71,11 @@ def harvest(
     if shard_rows is None:
         shard_rows = max(1, batch_rows, SHARD_NUMBERS // (tokens.ids.shape[1] * lm.d_model))
     if batch_rows < 1 or shard_rows < 1:
-        raise ValueError(
-            f"batch_rows is {batch_rows} and shard_rows {shard_rows}: expected at least 1 each"
-        )
+        raise ValueError(f"batch_rows is {batch_rows}, shard_rows {shard_rows}: expected 1 or more")
     keep = ~lm.is_special(tokens.ids)
     if not keep.any():
-        raise ValueError(
-            f"all tokens are special ({', '.join(map(str, lm.special_ids))} for {lm.name}): no "
-            "activation is left"
-        )
+        special = ", ".join(map(str, lm.special_ids))
+        raise ValueError(f"all tokens are special ({special} for {lm.name}): nothing is left")
 
     folders = {key: Path(out) / f"{key[0]}-{key[1]}" if several else Path(out) for key in keys}
     request = {
@@ -95,11 +90,12 @@ def harvest(
             waiting = f"another process harvests into {folder}: waiting until it is done"
             stack.enter_context(locked(folder, waiting))
         n_shards = -(-len(tokens) // shard_rows)
-        indexes = {}
+        targets = []
         for key, folder in folders.items():
             own = request | {"site": key[0], "layer": key[1]}
-            indexes[key] = start_store(folder, own, lm.name, widths[key], n_shards)
-        _complete(lm, tokens, keep, folders, indexes, batch_rows)
+            index = start_store(folder, own, lm.name, widths[key], n_shards)
+            targets.append(_Target(key, folder, index))
+        _complete(lm, tokens, keep, targets, batch_rows)
         stores = {key: open_activations(folder) for key, folder in folders.items()}
     return stores if several else stores[keys[0]]
 
@@ -109,21 +105,24 @@ def harvest(
 harvest.version, harvest.threads_matter = 1, False
 
 
+class _Target(NamedTuple):
+    """A store to be completed."""
+
+    key: Key
+    folder: Path
+    index: dict[str, Any]
+
+
 def _complete(
-    lm: LM,
-    tokens: Tokens,
-    keep: torch.Tensor,
-    folders: dict[Key, Path],
-    indexes: dict[Key, dict[str, Any]],
-    batch_rows: int,
+    lm: LM, tokens: Tokens, keep: torch.Tensor, targets: list[_Target], batch_rows: int
 ) -> None:
     """Make the shards that the stores lack. keep: bool [n_rows, context_size], the positions whose
     activations are stored."""
-    index = next(iter(indexes.values()))
+    index = targets[0].index
     shard_rows, dtype = index["request"]["shard_rows"], torch_dtype(index["request"]["dtype"])
-    missing: dict[int, list[Key]] = {}
+    missing: dict[int, list[_Target]] = {}
     for number in range(index["n_shards"]):
-        wanted = [key for key in indexes if shard_name(number) not in indexes[key]["shards"]]
+        wanted = [one for one in targets if shard_name(number) not in one.index["shards"]]
         if wanted:
             missing[number] = wanted
     total = sum(int(keep[n * shard_rows : (n + 1) * shard_rows].sum()) for n in missing)
@@ -135,56 +134,45 @@ def _complete(
     with progress, ThreadPoolExecutor(1, "jumprelu-shards") as writer:
         for number, wanted in missing.items():
             rows = slice(number * shard_rows, (number + 1) * shard_rows)
+            part, kept = tokens[rows], keep[rows]
             shards = {
-                key: _empty_shard(tokens[rows], keep[rows], indexes[key]["d_in"], dtype, lm.device)
-                for key in wanted
+                one.key: _empty_shard(part, kept, one.index["d_in"], dtype, lm.device)
+                for one in wanted
             }
             done = 0
-            for ids, kept in zip(
-                tokens.ids[rows].split(batch_rows), keep[rows].split(batch_rows), strict=True
-            ):
-                chosen = kept.flatten().nonzero().squeeze(-1).to(lm.device)
-                for key, value in capture(lm, wanted, ids).items():
+            for ids, some in zip(part.ids.split(batch_rows), kept.split(batch_rows), strict=True):
+                chosen = some.flatten().nonzero().squeeze(-1).to(lm.device)
+                for key, value in capture(lm, shards, ids).items():
                     new = value.flatten(0, 1)[chosen.to(value.device)].to(dtype)
                     shards[key].activations[done : done + len(chosen)].copy_(new, non_blocking=True)
                 done += len(chosen)
                 progress.update(len(chosen))
             if lm.device.type == "cuda":
                 torch.cuda.synchronize(lm.device)
-            for one in writing:
-                one.result()
+            for job in writing:
+                job.result()
             writing = [
-                writer.submit(
-                    _check_and_add, lm, key, folders[key], indexes[key], number, shard, keep[rows]
-                )
-                for key, shard in shards.items()
+                writer.submit(_check_and_add, lm, one, number, shards[one.key], kept)
+                for one in wanted
             ]
-        for one in writing:
-            one.result()
+        for job in writing:
+            job.result()
 
 
-def _check_and_add(
-    lm: LM,
-    key: Key,
-    folder: Path,
-    index: dict[str, Any],
-    number: int,
-    shard: Shard,
-    keep: torch.Tensor,
-) -> None:
+def _check_and_add(lm: LM, to: _Target, number: int, shard: Shard, keep: torch.Tensor) -> None:
     """Write a shard; keep: bool [n_rows, context_size], the positions that it holds."""
     bad = rows_not_finite(shard.activations)
     if len(bad):
         row, position = keep.nonzero()[int(bad[0])].tolist()
-        row += number * index["request"]["shard_rows"]
+        row += number * to.index["request"]["shard_rows"]
+        (site, layer), dtype = to.key, to.index["request"]["dtype"]
         raise ValueError(
-            f"{lm.name} gives NaN or infinity at {key[0]} of layer {key[1]}, row of tokens {row}, "
-            f"first at position {position}, stored as {index['request']['dtype']}. That shard was "
-            "not written; check the weights, or use another type than float16, which ends at "
-            "65504: load the model with dtype='float32' or 'bfloat16', harvest with "
-            "dtype='bfloat16' or 'float32'"
+            f"{lm.name} gives NaN or infinity at {site} of layer {layer}, row of tokens {row}, "
+            f"first at position {position}, stored as {dtype}. That shard was not written; check "
+            "the weights, or use another type than float16, which ends at 65504: load the model "
+            "with dtype='float32' or 'bfloat16', harvest with dtype='bfloat16' or 'float32'"
         )
-    add_shard(folder, index, number, shard)
+    add_shard(to.folder, to.index, number, shard)
 
 
 def _empty_shard(
