@@ -351,41 +351,31 @@ def _test(
     tokens: list[TokenNorms] = []
     for x, document, fold, ids in _progress(stream(acts, parts), "testing"):
         x, tested, norms = x.to(device), fold < 0, []
+        mine = tested.to(device)
         for name, sae in saes.items():
             linear, norm, _ = fitted[name]
             vectors = _Vectors.of(x, sae, linear)
             squares = vectors.squares()
-            values = _terms(vectors, squares, squares - norm(x), tested.to(device))
-            for total, value in zip(sums[name], values, strict=True):
-                total.index_add_(0, document[tested], value.cpu())
+            raw, error = vectors.x[mine], vectors.error[mine]
+            terms = HeldOut(
+                torch.ones(len(raw), dtype=torch.float64),
+                raw,
+                raw.square().sum(-1),
+                error,
+                error.square(),
+                vectors.nonlinear[mine].square(),
+                squares[mine],
+                squares[mine].square(),
+                (squares - norm(x))[mine].square(),
+            )
+            for total, term in zip(sums[name], terms, strict=True):
+                total.index_add_(0, document[tested], term.cpu())
             norms.append(squares[:, [2, 4]].sqrt().float().cpu())
         error, nonlinear = torch.stack(norms, -1).unbind(1)
         tokens.append(TokenNorms(error, nonlinear, x.norm(dim=-1).cpu(), document, fold, ids))
     tested = parts.fold < 0
     tests = {name: HeldOut(*(total[tested] for total in own)) for name, own in sums.items()}
     return tests, TokenNorms(*(torch.cat(parts) for parts in zip(*tokens, strict=True)))
-
-
-def _terms(
-    vectors: _Vectors, squares: torch.Tensor, missed: torch.Tensor, tested: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """What each tested token adds to the fields of :class:`HeldOut`, in their order.
-
-    squares, missed: squared norms and what their predictions miss, [n, 5]; tested: bool [n].
-    """
-    x, error, nonlinear = (v[tested] for v in (vectors.x, vectors.error, vectors.nonlinear))
-    squares, missed = squares[tested], missed[tested]
-    return (
-        torch.ones(len(x), dtype=torch.float64),
-        x,
-        x.square().sum(-1),
-        error,
-        error.square(),
-        nonlinear.square(),
-        squares,
-        squares.square(),
-        missed.square(),
-    )
 
 
 def _progress(blocks: Iterator[Rows], label: str) -> Iterator[Rows]:

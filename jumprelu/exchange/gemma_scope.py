@@ -207,7 +207,7 @@ def find(source: str | Path, wanted: Wanted, revision: str | None = None) -> tup
 
     source: a file, the folder that holds it, a copy of a release, or a hub id, from which it is
     downloaded. Raises FileNotFoundError, ValueError for an ambiguous choice, and from the hub as
-    :func:`jumprelu.lm.hub_access` says.
+    :func:`jumprelu.hub_access` says.
     """
     root = Path(source).expanduser()
     if not root.exists():

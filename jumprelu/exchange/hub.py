@@ -3,7 +3,7 @@
 huggingface_hub does the work: it asks again after HTTP 429 and 5xx (and waits as long as the hub
 says), goes on with a broken download by a Range request, compares lengths, and renames a file into
 the cache only when it is whole. Without network, the files in the cache stand for the repository.
-Errors are those of :func:`jumprelu.lm.hub_access`; none repeats a token.
+Errors are those of :func:`jumprelu.hub_access`; none repeats a token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def list_files(repo: str, revision: str | None = None) -> list[str]:
     cache, with a warning.
 
     revision: branch, tag or commit, by default main. Raises PermissionError, FileNotFoundError or
-    ConnectionError as :func:`jumprelu.lm.hub_access` does, the last only if nothing of the
+    ConnectionError as :func:`jumprelu.hub_access` does, the last only if nothing of the
     repository is in the cache.
     """
     with needs("lm"):
@@ -45,7 +45,7 @@ def fetch(repo: str, path: str, revision: str | None = None) -> Path:
     """The file `path` of a model repository, downloaded to the cache unless it is there; its local
     path.
 
-    Raises PermissionError, FileNotFoundError or ConnectionError as :func:`jumprelu.lm.hub_access`
+    Raises PermissionError, FileNotFoundError or ConnectionError as :func:`jumprelu.hub_access`
     does.
     """
     with needs("lm"):

@@ -46,7 +46,7 @@ def load_sae(
 
     Raises FileNotFoundError where there is no such SAE, ValueError for an ambiguous choice or a
     damaged or foreign file (a pickle that holds more than tensors is never opened), and from the
-    hub PermissionError or ConnectionError as :func:`jumprelu.lm.hub_access` says.
+    hub PermissionError or ConnectionError as :func:`jumprelu.hub_access` says.
     """
     label = None if width is None else gemma_scope.width_label(width)
     wanted = gemma_scope.Wanted(site, layer, label, l0, path)

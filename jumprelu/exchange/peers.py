@@ -72,8 +72,8 @@ def read_saelens(folder: Path) -> Parts:
         given["threshold"] = w["topk_threshold"]
     elif architecture not in ("standard", "gated"):
         raise ValueError(
-            f"{folder} is a SAELens {architecture!r}, which our form cannot hold: expected "
-            "standard, jumprelu, topk, batchtopk or gated"
+            f"{folder} is a SAELens {architecture!r}: expected standard, jumprelu, topk, batchtopk "
+            "or gated"
         )
     if config.get("reshape_activations") == "hook_z":
         note = "the attention heads come concatenated: [..., n_heads · head_dim]"
@@ -104,8 +104,7 @@ def _saelens_scale(folder: Path, normalisation: str) -> float:
     if not factor:
         raise ValueError(
             f"{folder} expects inputs scaled to E‖x‖ = √d_in, and does not say how. Write "
-            f'{path.name} there, with {{"scaling_factor": √d_in / mean ‖x‖}}, or fold it in '
-            "SAELens: fold_activation_norm_scaling_factor"
+            f'{path.name} there, with {{"scaling_factor": √d_in / mean ‖x‖}}'
         )
     return 1 / factor
 
@@ -277,13 +276,10 @@ def read_llamascopium(folder: Path) -> Parts:
     w = read_safetensors(folder / "sae_weights.safetensors")
     kind, act_fn = config.get("sae_type", "sae"), config["act_fn"]
     if kind != "sae":
-        raise ValueError(
-            f"{folder} has sae_type = {kind!r}, which our form cannot hold: expected 'sae'"
-        )
+        raise ValueError(f"{folder} has sae_type = {kind!r}: expected 'sae'")
     if act_fn not in ("relu", "jumprelu", "topk"):
         raise ValueError(
-            f"{folder} has act_fn = {act_fn!r}, which picks latents over a batch and saves no "
-            "threshold: expected relu, jumprelu or topk"
+            f"{folder} has act_fn = {act_fn!r}, over a batch: expected relu, jumprelu or topk"
         )
     norm = f"dataset_average_activation_norm.{config['hook_point_in']}"
     parts = _openmoss(folder, config, w, lambda: float(w[norm]))
@@ -307,8 +303,8 @@ def _openmoss(
         raise ValueError(f"{folder} has a GLU encoder, which our form cannot hold")
     if normalisation not in ("dataset-wise", "inference"):
         raise ValueError(
-            f"{folder} has norm_activation = {normalisation!r}, which differs by input and cannot "
-            "be folded into weights: expected 'dataset-wise' or 'inference'"
+            f"{folder} has norm_activation = {normalisation!r}, which differs by input: expected "
+            "'dataset-wise' or 'inference'"
         )
     names = LINEAR | {"b_dec": "decoder.bias"}
     if "encoder.weight" not in w:  # newer versions
