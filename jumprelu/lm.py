@@ -76,9 +76,8 @@ class LM:
     def special_ids(self) -> tuple[int, ...]:
         """Ids of BOS, EOS and padding, from the model's configuration and the tokenizer, sorted.
 
-        This is the package's one rule on special positions: a position that holds one of these ids
-        gives no activation to training or evaluation, wherever it stands in the row; the model
-        itself sees it.
+        A position that holds one of them gives no activation to training or evaluation, wherever
+        it stands in the row; the model itself sees it.
         """
         found: set[int] = set()
         for owner in (self.config, self.tokenizer):
@@ -99,11 +98,9 @@ class LM:
         if self.folder is not None:
             files = [self.folder / "config.json", *weight_files(self.folder)]
             return digest({path.name: sha256(path) for path in files}, str(self.dtype))
-        config = {
-            k: v
-            for k, v in self.model.config.to_dict().items()
-            if k != "transformers_version" and not k.startswith("_")
-        }
+        config = self.model.config.to_dict()
+        config.pop("transformers_version", None)
+        config = {name: value for name, value in config.items() if name[0] != "_"}
         return digest(config, tensor_digest(self.model.state_dict()), str(self.dtype))
 
     def rows_at_once(self, context_size: int, most: int = 8) -> int:
@@ -144,9 +141,9 @@ def load_lm(
     """Load a causal language model for inference.
 
     name: None for the embedded model; a local folder as written by `save_pretrained`, with or
-    without a tokenizer; or a hub id such as "google/gemma-2-2b". device: "cuda" if there is one,
-    else "cpu". dtype: "float32", "bfloat16", "float16"; by default float32 on a CPU and for the
-    embedded model, and else what the weights are stored in.
+    without a tokenizer; or a hub id such as "google/gemma-2-2b". device: by default "cuda" if there
+    is one, else "cpu". dtype: "float32", "bfloat16", "float16"; by default float32 on a CPU and for
+    the embedded model, and else what the weights are stored in.
 
     Raises FileNotFoundError, PermissionError or ConnectionError if the model cannot be had (see
     hub_access.py), ValueError if it is damaged, incomplete, pickled, or brings its own code.
@@ -226,8 +223,7 @@ def _check_folder(folder: Path) -> None:
 
     if not (folder / "config.json").exists():
         raise FileNotFoundError(
-            f"{folder} has no config.json: expected a folder written by `save_pretrained` or `hf "
-            "download`"
+            f"{folder} has no config.json: expected a folder that `save_pretrained` wrote"
         )
     config = read_json(folder / "config.json")
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
@@ -245,14 +241,11 @@ def _check_folder(folder: Path) -> None:
                     "with `model.save_pretrained(folder)` where you trust it"
                 )
             raise FileNotFoundError(
-                f"{folder} lacks {path.name}: the download or copy is incomplete. `hf download` "
-                "of the model goes on where it stopped"
+                f"{folder} lacks {path.name}: the download or copy is incomplete, make it again"
             )
         try:
             with safe_open(path, framework="pt"):  # compares the header with the file's length
                 pass
         except SafetensorError as error:
-            raise ValueError(
-                f"{path} is truncated or not safetensors ({error}): delete it, and copy or "
-                "download it again"
-            ) from error
+            why = f"{path} is truncated or not safetensors ({error})"
+            raise ValueError(f"{why}: delete it, and copy or download it again") from error

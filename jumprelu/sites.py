@@ -43,18 +43,14 @@ class Family(NamedTuple):
     """The list of blocks, from the model; each has its MLP as `mlp`."""
     projection: str
     """The attention's output projection, from a block; its input is `attn_out`."""
-    mlp: tuple[str, ...]
-    """Modules of a block whose output is `mlp_out`; the first that exists counts."""
     children: tuple[str, ...]
-    """Every module that a block of this family may have; dropouts do nothing in evaluation and may
-    come on top."""
+    """Every module that a block may have, besides dropouts, which do nothing in evaluation."""
 
 
 FAMILIES = {
     "Llama and Gemma 2": Family(
         "model.layers",
         "self_attn.o_proj",
-        ("post_feedforward_layernorm", "mlp"),
         (
             "input_layernorm",
             "self_attn",
@@ -64,11 +60,10 @@ FAMILIES = {
             "post_feedforward_layernorm",
         ),
     ),
-    "GPT-2": Family("transformer.h", "attn.c_proj", ("mlp",), ("ln_1", "attn", "ln_2", "mlp")),
+    "GPT-2": Family("transformer.h", "attn.c_proj", ("ln_1", "attn", "ln_2", "mlp")),
     "GPT-NeoX": Family(
         "gpt_neox.layers",
         "attention.dense",
-        ("mlp",),
         ("input_layernorm", "attention", "post_attention_layernorm", "mlp"),
     ),
 }
@@ -86,9 +81,7 @@ def capture(lm: LM, wanted: Iterable[Key], ids: torch.Tensor) -> dict[Key, torch
     """
     keys = list(dict.fromkeys(wanted))
     if not keys:
-        raise ValueError(
-            "nothing to capture: give at least one (site, layer), such as ('resid_post', 3)"
-        )
+        raise ValueError("nothing to capture: give a (site, layer) such as ('resid_post', 3)")
     ids = lm.check_ids(ids)
     found: dict[Key, torch.Tensor] = {}
 
@@ -139,8 +132,8 @@ def locate(lm: LM, site: str, layer: int) -> Place:
             )
         gain = 1 + norm.weight.detach().float()  # of these two norms; others have it as weight
         return Place(block.mlp, is_input=True, gain=gain)
-    module = next(getattr(block, name) for name in layout.mlp if hasattr(block, name))
-    return Place(module, is_input=False)
+    # in Gemma 2 and 3 the norm after the MLP comes before the sum
+    return Place(getattr(block, "post_feedforward_layernorm", block.mlp), is_input=False)
 
 
 def family_of(model: torch.nn.Module) -> tuple[Family, torch.nn.ModuleList]:

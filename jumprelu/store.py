@@ -1,8 +1,5 @@
-"""A store of activations as files: a folder a (site, layer), with shards of safetensors and an
-index.
-
-The index names the request that the store answers (model, tokens, site, layer, dtype) and, for
-every shard, its rows, bytes and SHA-256.
+"""A store of activations as files: shards of safetensors, and an index that names the request that
+the store answers (model, tokens, site, layer, dtype) and, for every shard, rows, bytes and SHA-256.
 """
 
 from __future__ import annotations
@@ -81,11 +78,10 @@ def start_store(
 
     request: what the store's content follows from, with at least site, layer and dtype. If all
     shards are there with their sizes, checksums are left to the reader; if one is missing, the
-    others' are compared now.
+    others' are compared now. The caller holds the folder's lock (:func:`jumprelu.files.locked`).
 
-    The caller holds the folder's lock (:func:`jumprelu.files.locked`). Raises ValueError if
-    `folder` holds the answer to another request, or shards without an index; nothing is changed
-    then.
+    Raises ValueError, and changes nothing, if `folder` holds the answer to another request, or
+    shards without an index.
     """
     if (folder / INDEX).exists():
         index = read_index(folder)
