@@ -79,7 +79,7 @@ class _Spread(torch.autograd.Function):
 
 
 class Sharded:
-    """A layout on one process's tokens and latents, with sums over all of both; methods as of
+    """A layout of one process's tokens and latents, with sums over all; methods as of
     :class:`jumprelu.support.Dense`."""
 
     def __init__(self, inner: Layout, team: Team):
@@ -108,9 +108,8 @@ class Sharded:
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a run, and the place of this one. Without a mesh there is one process, and
-    methods return what they are given. Methods not marked local must be called by all processes, in
-    the same order."""
+    """The processes of a run, and the place of this one; without a mesh, one process. Methods not
+    marked local must be called by all, in the same order."""
 
     mesh: DeviceMesh | None = None
 
@@ -200,6 +199,11 @@ class Team:
             return tensor
         return tensor.chunk(self.latents, dim)[self.rank("latents")].clone()
 
+    def shard(self, module: torch.nn.Module) -> None:
+        """Keep of a module's parameters and buffers this process's latents alone. Local."""
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            tensor.data = self.local_latents(name, tensor.data)
+
     @torch.no_grad()
     def gather(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of all latents, for all processes. The inverse of :meth:`local_latents`."""
@@ -247,8 +251,8 @@ class Team:
         while not self.alone and not path.exists():
             if time.monotonic() - began > SEEN_WITHIN:
                 raise FileNotFoundError(
-                    f"this process does not see {path}, which the first one has written: give a "
-                    "folder on a file system that all share"
+                    f"{path}, which the first process has written, is not seen by this one: give a "
+                    "folder that all share"
                 )
             time.sleep(0.1)
 
@@ -270,13 +274,6 @@ def latent_dim(name: str) -> int | None:
     return 1 if last == "W_enc" else 0
 
 
-def shard(module: torch.nn.Module, team: Team) -> None:
-    """Keep of a module's parameters and buffers this process's latents alone."""
-    if team.latents > 1:
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            tensor.data = team.local_latents(name, tensor.data)
-
-
 def start(latents: int = 1, device: str | None = None) -> Team:
     """The team of the processes that torchrun started, `latents` of them along that dimension;
     alone without torchrun.
@@ -292,9 +289,7 @@ def start(latents: int = 1, device: str | None = None) -> Team:
     if world == 1:
         return ALONE
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        raise ValueError(
-            "WORLD_SIZE is set, and not by torchrun: start the processes with torchrun, or unset it"
-        )
+        raise ValueError("WORLD_SIZE is set, and not by torchrun: start with torchrun, or unset it")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -111,23 +111,17 @@ def compact(
 
 def transposed(start: Tensor, column: Tensor, shape: tuple[int, int]) -> tuple[Tensor, ...]:
     """(order, start, row) of a matrix's entries in the order of its columns, rows ascending, all
-    int32.
+    int32. In torch, on any device: a radix sort of n numbers of 32 bits.
 
-    order: their positions in the given order; start: [columns + 1]; row: of each, as `order` and
-    `column` [n]; shape: of the matrix. In torch, on any device: a radix sort of n numbers of 32
-    bits.
+    order: their positions in the given order, [n]; start: [columns + 1]; row: of each, [n].
     """
     rows, columns = shape
     ordered, order = column.sort(stable=True)
     ends = torch.arange(columns + 1, dtype=torch.int32, device=column.device)
-    row = torch.arange(rows, dtype=torch.int32, device=column.device).repeat_interleave(
-        start.diff(), output_size=len(column)
-    )
-    return (
-        order.int(),
-        torch.searchsorted(ordered, ends, out_int32=True),
-        row.index_select(0, order),
-    )
+    column_start = torch.searchsorted(ordered, ends, out_int32=True)
+    row = torch.arange(rows, dtype=torch.int32, device=column.device)
+    row = row.repeat_interleave(start.diff(), output_size=len(column))
+    return order.int(), column_start, row.index_select(0, order)
 
 
 # ---- sums over entries
@@ -156,7 +150,7 @@ def bag(start: Tensor, index: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
 
     start: int32 [bags + 1]; index: int32 [n]; weight: [n]; rows: float32 or bfloat16 [m, width].
     Memory: reads a row an entry; writes `out` once. Programs that run together take the same
-    columns of different bags, so what they share of `rows` is a slice that a cache can hold.
+    columns of different bags: a slice of `rows` that a cache can hold.
     """
     _contiguous(start=start, index=index, weight=weight, rows=rows)
     bags, width = len(start) - 1, rows.shape[1]
@@ -271,22 +265,20 @@ def adam(
     steps: int,
     unit_norm: bool = False,
 ) -> None:
-    """One update of Adam in place, as :meth:`jumprelu.optim.Adam.step` makes it; the gradient is
-    only read.
+    """One update in place, as :meth:`jumprelu.optim.Adam.step` makes it.
 
-    All tensors: float32, of one shape; exp_avg: None stands for the gradient itself, for β₁ = 0;
-    steps: counts this one. unit_norm: the parameter is [rows, width], width ≤ `WIDEST`: the
-    gradient's part along each row is removed before the update and the row brought back to norm 1
-    after it. Raises ValueError if it is not. Memory: reads parameter, gradient and moments once,
-    writes parameter and moments once: 20 bytes an element, 28 with a first moment.
+    All tensors: float32, of one shape; exp_avg: None for β₁ = 0; steps: counts this one; unit_norm:
+    the parameter is [rows, width], width ≤ `WIDEST`, else ValueError. Memory: reads parameter,
+    gradient and moments once, writes parameter and moments once: 20 bytes an element, 28 with a
+    first moment.
     """
     _contiguous(parameter=parameter, gradient=gradient, exp_avg_sq=exp_avg_sq, exp_avg=exp_avg)
     size, width = parameter.numel(), 1024
     if unit_norm:
         if parameter.ndim != 2 or parameter.shape[1] > WIDEST:
             raise ValueError(
-                f"unit_norm: rows of a matrix of at most {WIDEST} columns can be kept at norm 1; "
-                f"got a tensor of shape {tuple(parameter.shape)}"
+                f"unit_norm is for matrices of at most {WIDEST} columns, got a tensor of shape "
+                f"{tuple(parameter.shape)}"
             )
         width = parameter.shape[1]
     block = _power_of_two(width, WIDEST)
@@ -314,7 +306,7 @@ def _contiguous(**tensors: Tensor | None) -> None:
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(
                 f"{name}: of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not "
-                "contiguous in memory, which the kernels need; give its transpose or .contiguous()"
+                "contiguous; give its transpose or .contiguous()"
             )
 
 

@@ -140,8 +140,7 @@ class SAE(torch.nn.Module):
         if sparse:
             if x.ndim != 2:
                 raise ValueError(
-                    f"sparse encoding takes x of shape [tokens, d_in], got {tuple(x.shape)}: use "
-                    "x.flatten(0, -2)"
+                    f"sparse encoding takes [tokens, d_in], got {tuple(x.shape)}: flatten(0, -2)"
                 )
             with torch.no_grad():
                 support = self._support(x, limit=1.0)
@@ -164,17 +163,13 @@ class SAE(torch.nn.Module):
         return x_hat + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
-        """x̂(x), raw activations to raw reconstruction, [..., d_in].
-
-        Within `torch.no_grad()` only active latents are computed, if they are few: the same to
-        rounding, and several times as fast.
-        """
-        support = None
+        """x̂(x), raw activations to raw reconstruction, [..., d_in]. Within `torch.no_grad()` only
+        active latents are computed, if they are few: the same to rounding, and faster."""
         if not torch.is_grad_enabled():
             support = self._support(x.reshape(-1, x.shape[-1]), self.policy.dense_above)
-        if support is None:
-            return self.decode(self.encode(x))
-        return (support.decode(support.pre, self.W_dec) + self.b_dec).view(x.shape)
+            if support is not None:
+                return (support.decode(support.pre, self.W_dec) + self.b_dec).view(x.shape)
+        return self.decode(self.encode(x))
 
     def _support(self, x: Tensor, limit: float) -> Support | None:
         """What is active on x: [tokens, d_in]; None where dense arithmetic is used instead."""
@@ -203,13 +198,13 @@ class SAE(torch.nn.Module):
         """Read what :meth:`SAE.save` wrote, an SAE or a transcoder.
 
         Raises FileNotFoundError where there is none, ValueError for a pickle (never opened), a file
-        that was cut off, or weights and configuration that are not of one save.
+        that was cut off, and weights that their configuration was not written with.
         """
         folder = Path(folder)
         if folder.is_file() and folder.suffix in PICKLES:
             raise ValueError(
-                f"{folder} is a pickle, which can run code when it is opened: refused. Expected a "
-                f"folder with {WEIGHTS} and {CONFIG}; convert the file where it came from"
+                f"{folder} is a pickle, which can run code when it is opened: convert it where it "
+                f"came from to a folder with {WEIGHTS} and {CONFIG}"
             )
         missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
         if missing:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .activations import Activations
 from .architectures import Forward, Trainee
-from .distributed import ALONE, Team, shard
+from .distributed import ALONE, Team
 from .estimators import heaviside
 from .files import write_tensors
 from .optim import Adam
@@ -66,7 +66,7 @@ class TrainState:
         self.config, self.team, self.policy = config, team, policy
         self.generator = torch.Generator().manual_seed(config.seed)
         trainee = Trainee(acts.d_in, config, self.generator, outputs is not None)
-        shard(trainee, team)
+        team.shard(trainee)
         self.trainee = trainee.to(device)
         inputs = inputs or measure_inputs(acts, device)
         outputs = outputs or inputs
