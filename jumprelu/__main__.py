@@ -46,9 +46,12 @@ DEFAULT = "(default: %(default)s)"
 SAES = "folder or file of an SAE, of any known format"
 
 
-def add_text(parser: argparse.ArgumentParser, split: str, rows: int) -> None:
-    """The options that say which tokens are read, and where."""
+def add_text(
+    parser: argparse.ArgumentParser, split: str, rows: int, model: str = "--model"
+) -> None:
+    """The arguments that say which model reads which tokens, and where."""
     add = parser.add_argument
+    add(model, help="a folder, a hub id, or jumprelu-lm, the shipped one (default of --model)")
     corpus = "JSONL, Parquet or text, or a hub dataset; default: texts of installed packages"
     add("--corpus", default="installed", help=corpus)
     add("--split", default=split, help=f"of the corpus {DEFAULT}")
@@ -57,23 +60,15 @@ def add_text(parser: argparse.ArgumentParser, split: str, rows: int) -> None:
     add("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="a folder, or a hub id; default: the shipped model")
-
-
 def read_text(given: argparse.Namespace) -> tuple[LM, Tokens]:
     lm = load_lm(given.model, given.device)
     if lm.tokenizer is None:
-        raise ValueError(
-            f"{given.model} has no tokenizer, so no text can be read: give a folder with "
-            "tokenizer.json"
-        )
+        raise ValueError(f"{given.model} has no tokenizer: give a folder with tokenizer.json")
     texts = load_texts(given.corpus, given.split)
     return lm, tokenize(texts, lm.tokenizer, given.context_size, given.rows)
 
 
 def add_harvest(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
     add_text(parser, "train", 10_000)
     add = parser.add_argument
     add("--site", default="resid_post", help=f"resid_post, mlp_out, attn_out … {DEFAULT}")
@@ -90,7 +85,6 @@ def harvest_text(given: argparse.Namespace) -> str:
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sae", help=SAES)
-    add_model(parser)
     add_text(parser, "validation", 500)
     parser.add_argument("--site", help="default: where the SAE was trained")
     parser.add_argument("--layer", type=int, help="default: where the SAE was trained")
@@ -203,9 +197,8 @@ def convert_sae(given: argparse.Namespace) -> str:
 def add_pages(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("sae", help=SAES)
-    add("model", help="jumprelu-lm (the shipped one), a folder, or a hub id")
+    add_text(parser, "validation", 2000, model="model")
     add("out", type=Path, help="the HTML file to write")
-    add_text(parser, "validation", 2000)
     add("--latents", type=int, nargs="+", metavar="N", help="only these latents")
     columns = "columns latent, explanation, score"
     add("--explanations", type=Path, metavar="CSV", help=columns)
@@ -234,7 +227,6 @@ def add_rate(parser: argparse.ArgumentParser) -> None:
     add("--targets", type=float, nargs="+", default=targets, metavar="L0", help=nearest)
     add("--seed", type=int, help="for draw and order; default: a secret one")
     add("--title", default=rating.TITLE, help="of the page; must not tell the source")
-    add_model(maker)
     add_text(maker, "validation", 2000)
     scorer = ways.add_parser("score", help="open the key and count")
     add = scorer.add_argument

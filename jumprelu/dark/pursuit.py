@@ -48,8 +48,8 @@ def pursue(
     """
     if x.ndim != 2 or x.shape[1] != sae.d_in:
         raise ValueError(
-            f"x must be [tokens, d_in] with this SAE's d_in = {sae.d_in}, got {list(x.shape)}: raw "
-            "activations of its site, with x.flatten(0, -2) where they are in sequences"
+            f"x must be [tokens, d_in] with this SAE's d_in = {sae.d_in}, got {list(x.shape)}: "
+            "x.flatten(0, -2) if it is in sequences"
         )
     if steps is None:
         counts = []
@@ -59,15 +59,12 @@ def pursue(
         steps = torch.cat(counts)
     elif not isinstance(steps, torch.Tensor):
         steps = torch.full((len(x),), steps)
-    if steps.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
-        raise ValueError(f"steps must be integers, got {steps.dtype}")
+    if steps.dtype.is_floating_point or steps.dtype == torch.bool or (steps < 0).any():
+        some = steps.flatten()[:3].tolist()
+        raise ValueError(f"steps must be integers of at least 0, got {steps.dtype} such as {some}")
     if steps.shape != x.shape[:1]:
-        raise ValueError(
-            f"steps must be one number, or one for each of the {len(x)} tokens, got shape "
-            f"{list(steps.shape)}"
-        )
-    if (steps < 0).any():
-        raise ValueError(f"steps must be at least 0, got {int(steps.min())}")
+        shape = list(steps.shape)
+        raise ValueError(f"steps must be one for each of the {len(x)} tokens, got shape {shape}")
 
     dtype = torch.promote_types(sae.W_dec.dtype, torch.float32)
     atoms = sae.W_dec.to(dtype)

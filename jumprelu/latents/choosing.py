@@ -24,17 +24,8 @@ ATTEMPTS = 4
 TOP, NEGATIVE, EMPTY = 0, -1, -2
 """Values of `Contexts.quantile` beside the numbers of bins, 1 and up."""
 
-ENTRY = np.dtype(
-    [
-        ("latent", np.int64),
-        ("row", np.int64),
-        ("position", np.int64),
-        ("value", np.float32),
-        ("order", np.float64),
-        ("slot", np.int64),
-        ("quantile", np.int64),
-    ]
-)
+NUMBERS = ("latent", "row", "position", "slot", "quantile")
+ENTRY = np.dtype([("value", "f4"), ("order", "f8"), *((name, "i8") for name in NUMBERS)])
 """A position at which a latent may have a context. order: what is kept first; slot, quantile: known
 once it is chosen."""
 
@@ -59,10 +50,7 @@ class Choice:
     def __post_init__(self) -> None:
         counts = self.top, self.quantiles, self.per_quantile, self.negatives
         if min(counts) < 0 or self.window < 1 or self.slots < 1:
-            raise ValueError(
-                "expected counts of at least 0, one of them above, and a window of at least 1, got "
-                f"{self}"
-            )
+            raise ValueError(f"expected counts of at least 0, one of them above, got {self}")
 
     @property
     def slots(self) -> int:
@@ -111,10 +99,10 @@ def _rank(group: np.ndarray) -> np.ndarray:
 
 class Least:
     """Of all entries, the `size` of each latent that come first in `order`, ties by row and
-    position; one a document if asked."""
+    position; one a document where `document`, the number of each row's, is given."""
 
     def __init__(self, latents: int, size: int, document: np.ndarray | None = None):
-        self.size, self.document = size, document  # document: of each row, numbers from 0
+        self.size, self.document = size, document
         # what does not come before the bar can no longer get in
         self.bar = np.full(latents, np.inf if size else -np.inf)
         self.kept, self.waiting = np.zeros(0, ENTRY), []
@@ -210,9 +198,8 @@ class Chooser:
     def _from_bins(self, top: np.ndarray) -> np.ndarray:
         """What is drawn from each bin of positive activations, without what is among the top."""
         choice, sample = self.choice, self.positive.settle()
-        sample = sample[
-            np.lexsort([sample["position"], sample["row"], -sample["value"], sample["latent"]])
-        ]
+        falling = sample["position"], sample["row"], -sample["value"], sample["latent"]
+        sample = sample[np.lexsort(falling)]
         size = np.bincount(sample["latent"], minlength=len(self.fired))[sample["latent"]]
         sample["quantile"] = 1 + _rank(sample["latent"]) * choice.quantiles // np.maximum(size, 1)
         sample = sample[~np.isin(self.codes(sample), self.codes(top))]

@@ -63,24 +63,21 @@ def collect(
     lm: LM,
     sae: SAE,
     tokens: Tokens | torch.Tensor,
-    site: str | None = None,
-    layer: int | None = None,
     latents: torch.Tensor | None = None,
     batch_rows: int | None = None,
     **choice: int,
 ) -> Contexts:
-    """Contexts of an SAE's latents on rows of tokens.
+    """Contexts of an SAE's latents on rows of tokens, at the place that its origin says.
 
-    tokens: [n_rows, context_size]. site, layer: by default where the SAE was trained. latents: [m],
-    by default all. choice: fields of :class:`Choice` that are not to have their defaults. What a
-    latent has too few contexts for stays empty. The result does not depend on batch_rows, but for
-    the last bits of the model's sums.
+    tokens: [n_rows, context_size]. latents: [m], by default all. choice: fields of :class:`Choice`
+    that are not to have their defaults. What a latent has too few contexts for stays empty. The
+    result does not depend on batch_rows, but for the last bits of the model's sums.
 
-    Raises ValueError if the SAE does not remember its place and none is given or if its width is
-    not the site's, for latents that it does not have, for ids that are not of the model's
-    vocabulary, and if all tokens are special.
+    Raises ValueError if the SAE does not remember its place or if its width is not the site's, for
+    latents that it does not have, for ids that are not of the model's vocabulary, and if all tokens
+    are special.
     """
-    return collect_many(lm, [sae], tokens, site, layer, [latents], Choice(**choice), batch_rows)[0]
+    return collect_many(lm, [sae], tokens, [latents], Choice(**choice), batch_rows)[0]
 
 
 @torch.no_grad()
@@ -88,15 +85,13 @@ def collect_many(
     lm: LM,
     saes: Sequence[SAE],
     tokens: Tokens | torch.Tensor,
-    site: str | None = None,
-    layer: int | None = None,
     latents: Sequence[torch.Tensor | None] | None = None,
     choice: Choice = Choice(),  # noqa: B008 (immutable)
     batch_rows: int | None = None,
 ) -> list[Contexts]:
     """:func:`collect` for several SAEs on one model, which reads the tokens once for all of them.
     latents: one entry an SAE."""
-    stream = _Stream(lm, saes, as_tokens(tokens), site, layer, batch_rows)
+    stream = _Stream(lm, saes, as_tokens(tokens), batch_rows)
     latents = latents or [None] * len(saes)
     wanted = [_check(sae, some) for sae, some in zip(saes, latents, strict=True)]
     parts = [_part(sae, some, lm.device) for sae, some in zip(saes, wanted, strict=True)]
@@ -134,10 +129,8 @@ def frequencies(lm: LM, saes: Sequence[SAE], tokens: Tokens | torch.Tensor) -> l
 def _check(sae: SAE, latents: torch.Tensor | None) -> torch.Tensor:
     latents = torch.arange(sae.d_sae) if latents is None else torch.as_tensor(latents).cpu().long()
     if latents.ndim != 1 or not len(latents) or not 0 <= latents.min() <= latents.max() < sae.d_sae:
-        raise ValueError(
-            f"latents must be numbers from 0 to {sae.d_sae - 1} in one dimension, got "
-            f"{latents.tolist()}"
-        )
+        numbers = f"numbers from 0 to {sae.d_sae - 1}"
+        raise ValueError(f"latents must be {numbers} in one dimension, got {latents.tolist()}")
     if len(latents.unique()) < len(latents):
         raise ValueError("latents names a latent twice: give latents.unique()")
     return latents
@@ -179,15 +172,13 @@ class _Stream:
         lm: LM,
         saes: Sequence[SAE],
         tokens: Tokens,
-        site: str | None = None,
-        layer: int | None = None,
         batch_rows: int | None = None,
     ):
         lm.check_ids(tokens.ids)
         self.lm, self.tokens, self.keep = lm, tokens, ~lm.is_special(tokens.ids)
         if not self.keep.any():
             raise ValueError("every token is a special one (BOS, EOS or pad): nothing to read")
-        self.places = [place_of(sae, site, layer) for sae in saes]
+        self.places = [place_of(sae) for sae in saes]
         self.batch_rows = batch_rows or lm.rows_at_once(tokens.ids.shape[1])
         self.fits = int(self.keep.sum()) * lm.d_model * len(set(self.places)) <= KEPT
         self.kept: dict[int, dict] = {}
