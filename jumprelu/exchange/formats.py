@@ -64,17 +64,13 @@ def examine(folder: str | Path, format: str | None = None) -> Reading:
     folder = Path(folder)
     folder = folder.parent if folder.is_file() else folder
     format = format or recognise(folder)
-    if missing := _missing(folder, _format(format)):
-        raise FileNotFoundError(
-            f"{folder} has no {' and no '.join(missing)}, which a {format} SAE has"
-        )
+    if missing := " and no ".join(_missing(folder, _format(format))):
+        raise FileNotFoundError(f"{folder} has no {missing}, which a {format} SAE has")
     try:
         sae, notes = fold(FORMATS[format].read(folder))
     except KeyError as error:
-        raise ValueError(
-            f"{folder} has no {error}, which a {format} SAE has: it is cut off, or of another "
-            "version"
-        ) from error
+        problem = "it is cut off, or of another version"
+        raise ValueError(f"{folder} has no {error}, which a {format} SAE has: {problem}") from error
     return Reading(sae, format, notes)
 
 
@@ -89,10 +85,7 @@ def write(sae: SAE, folder: str | Path, format: str) -> tuple[str, ...]:
         able = ", ".join(name for name, each in FORMATS.items() if each.write)
         raise ValueError(f"{format} is only read: write one of {able}")
     if isinstance(sae, Transcoder):
-        raise ValueError(
-            "a transcoder is no SAE: only SAE.save and "
-            "jumprelu.exchange.gemma_scope.save_gemma_scope write it"
-        )
+        raise ValueError("a transcoder is no SAE: SAE.save and save_gemma_scope write it")
     if kind not in target.holds:
         others = ", ".join(name for name, each in FORMATS.items() if kind in each.holds)
         raise ValueError(f"{format} has no {kind} SAE: choose one of {others}")

@@ -17,12 +17,7 @@ from ..hub_access import hub_access
 
 def list_files(repo: str, revision: str | None = None) -> list[str]:
     """Paths of all files of a model repository; where the hub cannot be reached, of those in the
-    cache, with a warning.
-
-    revision: branch, tag or commit, by default main. Raises PermissionError, FileNotFoundError or
-    ConnectionError as :func:`jumprelu.hub_access` does, the last only if nothing of the
-    repository is in the cache.
-    """
+    cache, with a warning. revision: branch, tag or commit, by default main."""
     with needs("lm"):
         from huggingface_hub import HfApi
 
@@ -42,12 +37,7 @@ def list_files(repo: str, revision: str | None = None) -> list[str]:
 
 
 def fetch(repo: str, path: str, revision: str | None = None) -> Path:
-    """The file `path` of a model repository, downloaded to the cache unless it is there; its local
-    path.
-
-    Raises PermissionError, FileNotFoundError or ConnectionError as :func:`jumprelu.hub_access`
-    does.
-    """
+    """The local path of a repository's file, downloaded to the cache unless it is there."""
     with needs("lm"):
         from huggingface_hub import HfApi
 

@@ -55,8 +55,7 @@ def load_sae(
     if not root.exists() and not is_hub_id:
         raise FileNotFoundError(
             f"no SAE at {str(source)!r}: expected a folder that SAE.save or another library wrote, "
-            "Gemma Scope's params.npz or params.safetensors, a copy of a release, or a hub id such "
-            "as google/gemma-scope-9b-pt-res"
+            "a file or a copy of Gemma Scope, or a hub id such as google/gemma-scope-9b-pt-res"
         )
     format = _format(root)
     if format is None:

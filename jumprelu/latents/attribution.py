@@ -100,9 +100,9 @@ def _draw(allowed: torch.Tensor, per_row: int, seed: int) -> torch.Tensor:
     """`per_row` places of each row where `allowed`, bool [rows, positions], without repetition:
     [rows, per_row]."""
     if allowed.sum(-1).min() < per_row:
+        fewest = int(allowed.sum(-1).min())
         raise ValueError(
-            f"a row has {int(allowed.sum(-1).min())} positions with a next token to predict, "
-            f"{per_row} are wanted: give longer rows or a smaller per_row"
+            f"a row has {fewest} positions with a next token to predict: give a smaller per_row"
         )
     scores = torch.rand(allowed.shape, generator=torch.Generator().manual_seed(seed))
     return scores.masked_fill(~allowed, -1).topk(per_row).indices

@@ -62,20 +62,16 @@ def logit_effects(lm: LM, sae: SAE, latents: torch.Tensor, k: int = 10) -> Effec
     site, layer = place_of(sae)
     place = locate(lm, site, layer)
     to_stream = place.module if site == "attn_out" else None
-    width = lm.config.num_attention_heads * getattr(
-        lm.config, "head_dim", lm.d_model // lm.config.num_attention_heads
-    )
+    heads = lm.config.num_attention_heads
+    width = heads * getattr(lm.config, "head_dim", lm.d_model // heads)
     if sae.d_in != (width if to_stream is not None else lm.d_model):
         raise ValueError(
-            f"the SAE has d_in = {sae.d_in}, which is not the width of {site} in {lm.name}: give "
-            "the model it was trained on"
+            f"the SAE has d_in = {sae.d_in}, which is not the width of {site} in {lm.name}"
         )
     norms = [module for name, module in lm.model.named_modules() if name in FINAL_NORMS]
     if not norms:
-        raise ValueError(
-            f"{type(lm.model).__name__} has none of {', '.join(FINAL_NORMS)}: add its final norm "
-            "to jumprelu.latents.directions.FINAL_NORMS"
-        )
+        kind = type(lm.model).__name__
+        raise ValueError(f"{kind} has none of {FINAL_NORMS}: add its final norm to FINAL_NORMS")
     gain, centred = final_gain(norms[0], lm.d_model), isinstance(norms[0], torch.nn.LayerNorm)
     unembedding = lm.model.get_output_embeddings().weight.float()
     unembedding = (unembedding - unembedding.mean(0)) * gain  # [vocabulary, d_model]
@@ -112,7 +108,5 @@ def nearest(sae: SAE, latents: torch.Tensor, k: int = 8) -> Near:
         cosine = atoms[start : start + BLOCK] @ atoms.T
         cosine[torch.arange(len(cosine)), start + torch.arange(len(cosine))] = -2
         blocks.append(cosine.topk(k))
-    return Near(
-        latents[torch.cat([b.indices for b in blocks]).cpu()],
-        torch.cat([b.values for b in blocks]).cpu(),
-    )
+    values, indices = (torch.cat(parts).cpu() for parts in zip(*blocks, strict=True))
+    return Near(latents[indices], values)

@@ -161,10 +161,7 @@ def split_documents(document: torch.Tensor, seed: int = 0) -> tuple[np.ndarray, 
     for fewer than two."""
     numbers = document.unique().numpy()
     if len(numbers) < 2:
-        raise ValueError(
-            "explanations are scored on documents that they were not made from: give tokens of two "
-            "at least"
-        )
+        raise ValueError("explanations are made from some documents and scored on others: give two")
     mixed = numbers[np.argsort(uniform(seed, 8, numbers), kind="stable")]
     return np.sort(mixed[: len(mixed) // 2]), np.sort(mixed[len(mixed) // 2 :])
 
@@ -227,11 +224,9 @@ def study(
         found = frequencies(owner, some, tokens[torch.arange(0, len(tokens), 4)])
         samples = [sample_latents(frequency, count, seed) for frequency in found]
         chosen = [torch.tensor(sample.latent.to_numpy(copy=True)) for sample in samples]
-        empty = [name for name, latents in zip(names, chosen, strict=True) if not len(latents)]
-        if empty:
-            raise ValueError(
-                f"no latent of {', '.join(empty)} ever fires on these tokens: nothing to explain"
-            )
+        for name, latents in zip(names, chosen, strict=True):
+            if not len(latents):
+                raise ValueError(f"no latent of {name} ever fires on these tokens")
         contexts = collect_many(owner, some, tokens, latents=chosen, choice=choice)
         for name, frequency, sample, own in zip(names, found, samples, contexts, strict=True):
             scored = explain_all(own, explainer, training, held_out, owner.special_ids, seed)

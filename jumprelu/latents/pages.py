@@ -132,9 +132,9 @@ def write_pages(
 def _check(sae: SAE, lm: LM, contexts: Contexts, explanations: dict[int, Explanation]) -> None:
     numbers = contexts.latents
     if not len(numbers) or int(numbers.min()) < 0 or int(numbers.max()) >= sae.d_sae:
+        known = f"0 to {sae.d_sae - 1}"
         raise ValueError(
-            f"contexts.latents must name latents of this SAE, 0 to {sae.d_sae - 1}, at least one, "
-            f"got {numbers.tolist()[:5]}"
+            f"contexts must be of latents of this SAE, {known}, got {numbers.tolist()[:5]}"
         )
     if int(contexts.tokens.max()) >= lm.config.vocab_size:
         raise ValueError(
@@ -142,10 +142,7 @@ def _check(sae: SAE, lm: LM, contexts: Contexts, explanations: dict[int, Explana
             f"{lm.config.vocab_size}: they are of another model"
         )
     if unknown := sorted(set(explanations) - set(numbers.tolist())):
-        raise ValueError(
-            f"explanations of latents without contexts: {unknown[:5]}; leave them out, or collect "
-            "their contexts"
-        )
+        raise ValueError(f"explanations of latents without contexts: {unknown[:5]}")
 
 
 def _peaks(contexts: Contexts, tokens: torch.Tensor, most: int = 4) -> list[list[int]]:
@@ -180,10 +177,8 @@ def read_explanations(path: str | Path) -> dict[int, Explanation]:
     options = {"keep_default_na": False, "na_values": {"score": [""]}}
     table = pd.read_csv(path, dtype={"explanation": str}, **options)
     if missing := {"latent", "explanation"} - set(table):
-        raise ValueError(
-            f"{path} lacks the column {' and '.join(sorted(missing))}: expected latent, "
-            "explanation, score"
-        )
+        names = " and ".join(sorted(missing))
+        raise ValueError(f"{path} lacks the column {names}: expected latent, explanation, score")
     table["score"] = table.get("score", np.nan)
     if table.latent.dtype.kind != "i" or table.score.dtype.kind not in "if":
         raise ValueError(f"{path}: expected the number of a latent and a score or nothing in a row")

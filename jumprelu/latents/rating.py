@@ -74,8 +74,8 @@ def draw(
     """
     if per_stratum < 1 or not len(saes) or not targets or min(targets) <= 0:
         raise ValueError(
-            "expected at least one SAE, at least 1 latent a stratum and targets above 0, got "
-            f"{len(saes)} SAEs, {per_stratum} a stratum and targets {list(targets)}"
+            "expected at least one SAE, a latent a stratum and targets above 0, got "
+            f"{len(saes)}, {per_stratum} and {list(targets)}"
         )
     generator = torch.Generator().manual_seed(seed)
     waiting: dict[tuple[str, str, int, float], list[list[Item]]] = {}
@@ -140,8 +140,7 @@ def write_study(
     """Write the page and the key of `items`, in this order, to the folder `out`, as study-ID.html
     and key-ID.json.
 
-    contexts: by place of the SAE, holding its items' latents. salt: by default a new secret; only
-    tests give one.
+    contexts: by place of the SAE, holding its items' latents. salt: by default a new secret.
     """
     salt = salt or secrets.token_hex(16)
     owned = [(contexts[item.sae], item.latent) for item in items]
@@ -179,10 +178,7 @@ def write_study(
     paths = Study(Path(out) / f"study-{study}.html", Path(out) / f"key-{study}.json")
     first = {"about": about, "vocabulary": words}
     write_text(paths.page, page("rating", title, first, {"items": packed}))
-    note = (
-        "Sealed: says what the raters must not know. `python -m jumprelu rate score` opens it when "
-        "all ratings are in."
-    )
+    note = "Sealed until all ratings are in: `python -m jumprelu rate score` opens it."
     seal = {"note": note, "study": study, "page_sha256": sha256(paths.page)}
     write_json(paths.key, seal | key)
     return paths

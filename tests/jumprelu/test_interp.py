@@ -121,7 +121,7 @@ def test_documents_are_split_in_halves_once_and_for_all():
     for a, b in zip(split_documents(document.flip(0)), (training, held_out), strict=True):
         np.testing.assert_array_equal(a, b)
     assert set(split_documents(document, seed=1)[0]) != set(training)
-    with pytest.raises(ValueError, match="two at least"):
+    with pytest.raises(ValueError, match="give two"):
         split_documents(torch.zeros(5))
 
 
@@ -331,6 +331,6 @@ def test_study_errors(setting):
     silent.b_enc.data[:] = -1e9
     with pytest.raises(ValueError, match="no latent of quiet ever fires"):
         study({"quiet": silent}, lm, tokens, ByToken())
-    with pytest.raises(ValueError, match="two at least"):
+    with pytest.raises(ValueError, match="give two"):
         one = Tokens(tokens.ids, torch.zeros(len(tokens), dtype=torch.int64))
         study({"one": sae}, lm, one, ByToken())

@@ -104,9 +104,7 @@ def test_logit_effects_need_the_place_and_the_width():
         logit_effects(lm, random_sae(D_MODEL, 4, site="there"), torch.arange(4))
     bare = tiny_lm()
     del bare.model.model.norm
-    with pytest.raises(
-        ValueError, match="add its final norm to jumprelu.latents.directions.FINAL_NORMS"
-    ):
+    with pytest.raises(ValueError, match="add its final norm to FINAL_NORMS"):
         logit_effects(bare, random_sae(D_MODEL, 4), torch.arange(4))
     for site in SITES[:2]:
         assert logit_effects(lm, random_sae(D_MODEL, 4, site=site), torch.arange(4)).top.shape == (
@@ -249,7 +247,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
         (
             contexts._replace(latents=torch.arange(1, 41)),
             {},
-            "must name latents of this SAE, 0 to 39",
+            "must be of latents of this SAE, 0 to 39",
         ),
         (contexts._replace(tokens=contexts.tokens + VOCAB), {}, "of another model"),
         (contexts, {77: Explanation("x")}, r"without contexts: \[77\]"),
