@@ -27,7 +27,7 @@ from functools import partial
 
 import pandas as pd
 import torch
-from companion.rails import study
+from companion.rails import attribution, study
 from companion.rails.by_seed import difference
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
@@ -38,7 +38,6 @@ from companion.training import frequency
 
 import jumprelu as jr
 from jumprelu.intervals import Interval, bootstrap
-from jumprelu.latents import attribution
 
 # %% tags=["parameters"]
 model: str = ""  # empty: the embedded model; otherwise a hub id or a folder
@@ -274,7 +273,7 @@ save_figure("08", plots.scope_dtype, cast)
 #
 # **What is computed.** The same at random positions of held-out rows, for all L0 and seeds at the
 # middle layer; the gradient is that of the position's own prediction
-# (`jumprelu.latents.attribution`). Bars combine documents and seeds.
+# (`companion.rails.attribution`). Bars combine documents and seeds.
 
 # %%
 even = [

@@ -1,2 +1,2 @@
-"""What latents mean: where they fire, explanations and their scores, directions, attribution,
-pages, blind ratings."""
+"""What latents mean: where they fire, explanations and their scores, directions, pages,
+blind ratings."""

@@ -6,12 +6,12 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from companion.rails.attribution import token_uniformity
 from companion.reading import interpstudy
 from models import random_ids, tiny_lm
 
 from jumprelu.corpus import Tokens
 from jumprelu.intervals import Interval
-from jumprelu.latents.attribution import token_uniformity
 from jumprelu.sae import SAE, Origin
 
 

@@ -178,6 +178,7 @@ def test_gradients_pass_through_a_saved_form():
 
 
 def test_what_needs_an_autoencoder_refuses_a_transcoder(tmp_path):
+    from companion.rails import attribution
     from companion.reading import editing
     from companion.scope import rises
     from companion.ste import on_activations
@@ -186,7 +187,6 @@ def test_what_needs_an_autoencoder_refuses_a_transcoder(tmp_path):
     from jumprelu.corpus import Tokens
     from jumprelu.dark import darkmatter
     from jumprelu.exchange import formats
-    from jumprelu.latents import attribution
     from jumprelu.sae import Origin, Transcoder
     from tests.models import random_ids, tiny_lm
 

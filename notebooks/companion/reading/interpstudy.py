@@ -11,12 +11,12 @@ from jumprelu.activations import Activations
 from jumprelu.corpus import Tokens
 from jumprelu.harvest import harvest
 from jumprelu.intervals import Interval
-from jumprelu.latents.attribution import Uniformity, token_uniformity
 from jumprelu.latents.interp import EDGES
 from jumprelu.lm import LM
 from jumprelu.sae import SAE
 from jumprelu.train import train
 
+from ..rails.attribution import Uniformity, token_uniformity
 from ..rails.by_seed import settings
 from ..rails.cache import remember
 from ..rails.repeats import over_seeds

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from companion.rails.attribution import _attributions, _draw, token_uniformity, uniformity
 from models import random_ids, tiny_lm
 
-from jumprelu.latents.attribution import _attributions, _draw, token_uniformity, uniformity
 from jumprelu.sae import SAE, Origin
 from jumprelu.sites import capture
 from jumprelu.splicing import splice

@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from ..corpus import Tokens, as_tokens
-from ..lm import LM
-from ..sae import SAE, check_autoencoder
-from ..sites import capture
-from ..splicing import known_before, on_device, place_of, record_blocks, resume_after, splice
+from jumprelu.corpus import Tokens, as_tokens
+from jumprelu.lm import LM
+from jumprelu.sae import SAE, check_autoencoder
+from jumprelu.sites import capture
+from jumprelu.splicing import known_before, on_device, place_of, record_blocks, resume_after, splice
 
 
 class Uniformity(NamedTuple):
