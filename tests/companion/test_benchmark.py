@@ -140,6 +140,7 @@ def test_speed_table(pool):
     assert training.l0[OURS, "topk", "float32"] == SIZE.l0
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_steps(tmp_path):
     size = Size(64, 16384, 64, 8, "synthetic")
     pool = Pool(synthetic_activations(256, 64))
@@ -150,6 +151,7 @@ def test_memory_is_that_of_the_steps(tmp_path):
     assert 2 * weights < used < 40 * weights
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_writes_tables_and_the_machine(tmp_path, capsys):
     arguments = [
@@ -196,6 +198,7 @@ def test_density_alone(tmp_path):
     assert table.density.between(0, 1).all() and table.machine.str.startswith("1 threads").all()
 
 
+@pytest.mark.slow
 def test_both_ways_of_waiting_are_timed_with_and_without_a_neighbour():
     table = neighbour_table(QUICK_SIZES[0], threads=1, rounds=2, steps=1)
     assert len(table) == 4 and not table.duplicated(["waiting", "neighbour"]).any()

@@ -207,6 +207,7 @@ print(json.dumps({"harvest": harvest.name, "run": job.folder.name,
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_expensive_data_is_found_again_after_an_edit_and_tables_are_not(tmp_path, root):
     """Errors in the modules of the language model, the harvest and training are worded anew: no
     text is harvested and no SAE trained again. What the companion computes with a function of the
@@ -458,6 +459,7 @@ def patient_table(folder: str) -> pd.DataFrame:
     return table(2)
 
 
+@pytest.mark.slow
 def test_two_processes_compute_a_result_once(tmp_path):
     code = (
         "import test_cache; from companion.rails.cache import remember; "

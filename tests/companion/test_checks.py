@@ -59,6 +59,7 @@ def test_the_choice_is_said_and_run(project, capfd):
     assert "notebooks left out: 00_first, 02_third\n" in printed and "1 passed" in printed
 
 
+@pytest.mark.slow
 def test_a_changed_output_fails_and_all_are_run_if_asked(project, capfd):
     write(project, "02_third", "print('same')", "other\n")
     assert checks.main(["--all"], project) == 1

@@ -98,6 +98,7 @@ def finished(setting, tmp_path_factory):
         return Finished(cache_root(), {job.config: job for job in jobs}, progress.n, raised.value)
 
 
+@pytest.mark.slow
 def test_jobs_leave_the_very_files_of_a_sweep_on_one_machine(setting, finished, cache, monkeypatch):
     lm, tokens, store = setting
     runs = [(store, config) for config in CONFIGS]
@@ -133,6 +134,7 @@ def test_neither_model_nor_tokens_are_pickled(finished):
     assert len(submitted) == 3 and max(path.stat().st_size for path in submitted) < 8_000
 
 
+@pytest.mark.slow
 def test_two_cpus_work_on_two_runs_with_the_bits_of_one(setting, finished, cache):
     assert worker_of(setting, cpus=2)(jobs_of(setting, CONFIGS)) == len(CONFIGS)
     assert bytes_of(cache) == bytes_of(finished.cache)

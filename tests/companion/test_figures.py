@@ -84,6 +84,7 @@ def test_the_same_figure_is_the_same_bytes(folder, lines, data):
     assert b"CreationDate" not in again["07_lines.pdf"] and b"Software" not in again["07_lines.png"]
 
 
+@pytest.mark.slow
 def test_the_bytes_do_not_depend_on_the_process(tmp_path, lines):
     code = "import pandas as pd; from companion.rails.figures import save_figure; "
     code += "from drawn_here import lines; "

@@ -459,6 +459,7 @@ def test_the_driver_is_asked(tmp_path, monkeypatch):
     assert machine(CPU).keys() == {"device", "torch", "cuda", "transformers", "triton"}
 
 
+@pytest.mark.slow
 def test_python_m_runs_it_without_jupyter():
     code = """
 import runpy, sys

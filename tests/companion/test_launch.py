@@ -25,6 +25,7 @@ def test_an_unknown_profile_is_named(tmp_path, capsys):
     assert stop.value.code == 2 and "no profile 'none'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_that_it_prints_trains(tmp_path, root, monkeypatch, capsys):
     monkeypatch.setenv("JUMPRELU_CACHE", str(tmp_path / "cache"))
     values, config = parameters(root, "smoke")

@@ -127,6 +127,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_a_notebook_end_to_end(project, capsys):
     source = project / "notebooks/00_toy.py"
     source.write_text(TOY)
@@ -204,6 +205,7 @@ def test_up_to_date_follows_cells_parameters_and_lock(light, capsys):
     assert [states("--profile", "smoke"), states("--profile", "smoke")] == ["done", "up to date"]
 
 
+@pytest.mark.slow
 def test_a_failing_cell_leaves_the_tree_and_says_where(light, capsys):
     assert main([], light) == 0
     (light / "notebooks/05_light.py").write_text(LIGHT.replace('"good"', '"bad"'))
@@ -220,6 +222,7 @@ def test_a_failing_cell_leaves_the_tree_and_says_where(light, capsys):
     assert str(kept) in printed and "on purpose" in kept.read_text()
 
 
+@pytest.mark.slow
 def test_a_kernel_that_dies_is_reported_with_its_cell(light, capsys):
     (light / "notebooks/05_light.py").write_text(
         LIGHT.replace("print(mode)", "import os; os._exit(9)")
@@ -248,6 +251,7 @@ size = claim("J1", "ours", "It is positive.", "size", seen, (0, float("inf")), "
 ledger("05", [size])"""
 
 
+@pytest.mark.slow
 def test_claims_travel_with_the_figures_and_other_profiles_can_be_published(light, capsys):
     source, page = light / "notebooks/05_light.py", light / "figures/LEDGER.md"
     (light / "pyproject.toml").touch()  # a checkout
@@ -320,6 +324,7 @@ def test_a_failing_run_leaves_the_ledger(light, capsys):
     assert not (light / "figures").exists()
 
 
+@pytest.mark.slow
 def test_a_kernel_that_does_not_start_gets_a_second_chance(light, capsys, tmp_path, monkeypatch):
     spec = tmp_path / "jupyter/kernels/python3"
     spec.mkdir(parents=True)
@@ -352,6 +357,7 @@ def test_a_kernel_that_does_not_start_gets_a_second_chance(light, capsys, tmp_pa
     assert "the kernel did not start" in capsys.readouterr().out and tries.read_text() == "xxxx"
 
 
+@pytest.mark.slow
 def test_long_cells_are_reported(light, monkeypatch):
     monkeypatch.setattr(display, "HEARTBEAT_SECONDS", 0.2)
     (light / "notebooks/05_light.py").write_text(
@@ -366,6 +372,7 @@ def test_long_cells_are_reported(light, monkeypatch):
     assert "running, cell 2 of 3" in shown and "1 of 1 left, about 0:0" in shown
 
 
+@pytest.mark.slow
 def test_expected_times_come_from_this_machine_or_scaled_from_the_committed_ones(light, capsys):
     source = light / "notebooks/05_light.py"
     (light / "notebooks/06_more.py").write_text(LIGHT)
@@ -405,6 +412,7 @@ def test_the_plan_is_shown_first(light):
     assert "05_light: done in 3:20; nothing left" in plain.export_text()
 
 
+@pytest.mark.slow
 def test_a_second_run_waits_for_the_first(light, tmp_path):
     """Two processes: the second one starts while the first is in a cell, which waits for it."""
     begun, go = tmp_path / "begun", tmp_path / "go"

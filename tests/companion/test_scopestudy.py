@@ -64,6 +64,7 @@ def release(lm, held_out, tmp_path_factory):
 # ---- building and choosing ----
 
 
+@pytest.mark.slow
 def test_a_scope_is_built_in_gemma_scopes_layout_and_returned_at_once_the_second_time(
     lm, tmp_path, monkeypatch
 ):

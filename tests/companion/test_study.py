@@ -77,6 +77,7 @@ def test_a_place_with_few_seeds_borrows_the_spread():
     )
 
 
+@pytest.mark.slow
 def test_sweeps_tuning_and_scaling(tmp_path, monkeypatch):
     monkeypatch.setenv("JUMPRELU_CACHE", str(tmp_path / "cache"))
     lm = jr.load_lm(save_tiny("llama", tmp_path / "model"))

@@ -87,6 +87,7 @@ train_lm(config(Path({source!r}), {tokens}), Path({out!r}), checkpoint_seconds=0
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(source, tmp_path, monkeypatch):
     tokens = 200 * 32 * 4
     given = config(source, tokens)

@@ -112,6 +112,7 @@ def same(mine, theirs, tolerance):
         assert (parameter - expected).norm() <= tolerance * expected.norm().clamp_min(1), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes, latents", [(2, 2), (4, 2), (4, 1)])
 def test_a_team_ends_where_one_process_does(store, targets, tmp_path, processes, latents):
     runs = RUNS | ({} if latents > 1 else ONLY_DATA)
@@ -134,6 +135,7 @@ def test_a_team_ends_where_one_process_does(store, targets, tmp_path, processes,
         assert isinstance(again.sae, Transcoder) == ("targets" in job)
 
 
+@pytest.mark.slow
 def test_a_run_killed_on_four_goes_on_on_two_and_on_one(store, tmp_path):
     config = TrainConfig(**BASE | {"steps": 2_000})
     whole = train(store, config, device="cpu", log_rows=10)
@@ -164,6 +166,7 @@ def test_a_run_killed_on_four_goes_on_on_two_and_on_one(store, tmp_path):
         assert list(result.log.step) == list(whole.log.step)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_worker_that_was_killed(store, tmp_path):
     job = {
         "store": str(store.folder),

@@ -915,6 +915,7 @@ print(sae.fingerprint)
 """
 
 
+@pytest.mark.slow
 def test_as_a_user_would_with_the_environment_alone(hub, tmp_path, root):
     """A process of its own, with HF_ENDPOINT and HF_TOKEN set and every log shown."""
     env = {

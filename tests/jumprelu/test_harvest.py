@@ -365,6 +365,7 @@ def two_at_once(folder: Path, barrier, harvested) -> None:
     harvested.put((acts.fingerprint, len(acts.index["shards"])))
 
 
+@pytest.mark.slow
 def test_two_processes_harvest_into_one_folder(tmp_path):
     context = multiprocessing.get_context("spawn")
     barrier, harvested = context.Barrier(2), context.Queue()

@@ -294,6 +294,7 @@ for dtype in ("*fp32", "*bf16"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     torch.version.hip is not None, reason="Triton for AMD cannot compile for NVIDIA"
 )
@@ -404,6 +405,7 @@ def test_gradients_are_those_of_the_dense_reference(change, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_run_learns_what_it_learns_without_kernels(tmp_path):
     acts = activations_from_tensor(normal(300, 24).cpu() + 1, tmp_path)
     config = TrainConfig(

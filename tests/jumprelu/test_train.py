@@ -228,6 +228,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_in_the_same_bits(acts, tmp_path):
     """Real processes, killed while each of three architectures trains, at different steps, and in a
     sweep of three."""
@@ -588,6 +589,7 @@ print(len(taken), sae.fingerprint)
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_waits_and_reads_the_result(acts, tmp_path, monkeypatch):
     command = [sys.executable, "-c", WAITS, str(acts.folder), str(tmp_path / "run")]
     other = []
