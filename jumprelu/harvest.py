@@ -126,7 +126,7 @@ def _complete(
         if wanted:
             missing[number] = wanted
     total = sum(int(keep[n * shard_rows : (n + 1) * shard_rows].sum()) for n in missing)
-    leave = bool(missing)
+    leave, on_gpu = bool(missing), lm.device.type == "cuda"
     progress = tqdm(
         total=total, desc="harvesting", unit="act", unit_scale=True, mininterval=2, leave=leave
     )
@@ -135,10 +135,11 @@ def _complete(
         for number, wanted in missing.items():
             rows = slice(number * shard_rows, (number + 1) * shard_rows)
             part, kept = tokens[rows], keep[rows]
-            shards = {
-                one.key: _empty_shard(part, kept, one.index["d_in"], dtype, lm.device)
-                for one in wanted
-            }
+            row, position = kept.nonzero(as_tuple=True)
+            shards = {}
+            for one in wanted:
+                empty = torch.empty(len(row), one.index["d_in"], dtype=dtype, pin_memory=on_gpu)
+                shards[one.key] = Shard(empty, part.ids[kept], position, part.document[row])
             done = 0
             for ids, some in zip(part.ids.split(batch_rows), kept.split(batch_rows), strict=True):
                 chosen = some.flatten().nonzero().squeeze(-1).to(lm.device)
@@ -147,7 +148,7 @@ def _complete(
                     shards[key].activations[done : done + len(chosen)].copy_(new, non_blocking=True)
                 done += len(chosen)
                 progress.update(len(chosen))
-            if lm.device.type == "cuda":
+            if on_gpu:
                 torch.cuda.synchronize(lm.device)
             for job in writing:
                 job.result()
@@ -173,13 +174,3 @@ def _check_and_add(lm: LM, to: _Target, number: int, shard: Shard, keep: torch.T
             "with dtype='float32' or 'bfloat16', harvest with dtype='bfloat16' or 'float32'"
         )
     add_shard(to.folder, to.index, number, shard)
-
-
-def _empty_shard(
-    tokens: Tokens, keep: torch.Tensor, width: int, dtype: torch.dtype, device: torch.device
-) -> Shard:
-    """A row for every position in `keep`, bool [n_rows, context_size], its activation still to be
-    filled in from `device`."""
-    row, position = keep.nonzero(as_tuple=True)
-    activations = torch.empty(len(row), width, dtype=dtype, pin_memory=device.type == "cuda")
-    return Shard(activations, tokens.ids[row, position], position, tokens.document[row])

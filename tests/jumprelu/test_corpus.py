@@ -116,7 +116,9 @@ def test_tokens_take_rows_and_plain_tensors():
     assert as_tokens(tokens) is tokens
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(3, dtype=torch.long), torch.zeros(2, 3), [[1, 2]]])
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(3, dtype=torch.long), torch.zeros(2, 3), torch.zeros(0, 3).long(), [[1, 2]]]
+)
 def test_tokens_of_another_form(bad):
     with pytest.raises(ValueError, match=r"integer ids of shape \[n_rows, context_size\]"):
         as_tokens(bad)
