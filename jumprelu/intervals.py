@@ -101,9 +101,8 @@ def bootstrap(
 
     statistic: weights [draws, documents], how often each was drawn → [draws, ...], such as those of
     `darkmatter.HeldOut`; [draws] gives floats, more dimensions arrays. The same documents are drawn
-    every time, so that differences between SAEs may be bootstrapped as one statistic. Draws for
-    which it is NaN are left out; where it is NaN for all documents, so are the ends. An end that
-    would leave out the statistic itself is moved to it.
+    every time. Draws for which it is NaN are left out; where it is NaN for all documents, so are
+    the ends. An end that would leave out the statistic itself is moved to it.
     """
     generator = torch.Generator().manual_seed(0)
     equal = torch.ones(documents)

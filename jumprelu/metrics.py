@@ -224,7 +224,6 @@ def evaluate_many(
 def _source(sae: SAE, lm: LM, tokens: Tokens, site: str | None, layer: int | None) -> Key:
     """Where an SAE reads, checked against the model."""
     site, layer = place_of(sae, site, layer)
-    lm.check_ids(tokens.ids)
     if isinstance(sae, Transcoder) and site not in INPUTS:
         raise ValueError(
             f"a transcoder reads {' or '.join(INPUTS)}, not {site}: give evaluate(..., site=...)"
