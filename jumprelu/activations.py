@@ -68,18 +68,13 @@ class Activations:
         lambda self: self.index["model_name"], doc="Name of the language model; None for a tensor."
     )
 
-    @property
-    def n_rows(self) -> int:
-        """Number of activations."""
-        return sum(record["rows"] for record in self.index["shards"].values())
-
     def __len__(self) -> int:
-        return self.n_rows
+        return sum(record["rows"] for record in self.index["shards"].values())
 
     def __repr__(self) -> str:
         place = f"{self.site} of layer {self.layer} of {self.model_name}"
         origin = place if self.model_name else "a tensor"
-        return f"Activations({self.n_rows} rows of {self.d_in} from {origin}, {self.dtype})"
+        return f"Activations({len(self)} rows of {self.d_in} from {origin}, {self.dtype})"
 
     @property
     def fingerprint(self) -> str:
@@ -103,7 +98,7 @@ class Activations:
         """
         if n < 1:
             raise ValueError(f"asked for {n} rows, expected 1 or more")
-        chosen = torch.randperm(self.n_rows, generator=_generator(seed, "rows"))[:n]
+        chosen = torch.randperm(len(self), generator=_generator(seed, "rows"))[:n]
         sample = torch.empty(len(chosen), self.d_in)
         first = 0
         for name, record in sorted(self.index["shards"].items()):
@@ -139,7 +134,7 @@ class Activations:
 
     def _bucket_stream(self, seed: int, row: int, bucket_rows: int) -> Iterator[Bucket]:
         """The buckets from the one on that holds row number `row` of the stream."""
-        epoch, skip = divmod(row, self.n_rows)
+        epoch, skip = divmod(row, len(self))
         while True:
             for number, names in enumerate(self._buckets(seed, epoch, bucket_rows)):
                 rows = sum(self.index["shards"][name]["rows"] for name in names)

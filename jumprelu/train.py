@@ -238,7 +238,7 @@ def _check_pair(acts: Activations, targets: Activations, configs: Sequence[Train
     names += ["tokens"] if acts.model_name else []  # a tensor's rows have none
     requests = [store.index["request"] for store in (acts, targets)]
     differ = [name for name in names if requests[0].get(name) != requests[1].get(name)]
-    if differ or acts.n_rows != targets.n_rows:
+    if differ or len(acts) != len(targets):
         raise ValueError(
             f"{acts} and {targets} do not belong together: {', '.join(differ) or 'rows'} differ. "
             "Harvest both in one call, such as site=['mlp_in', 'mlp_out']"

@@ -41,12 +41,7 @@ def test_shards_are_the_rows_in_order(acts):
     assert (
         shards[0].ids.dtype == shards[0].position.dtype == shards[0].document.dtype == torch.int32
     )
-    assert (
-        len(acts) == acts.n_rows == ROWS
-        and acts.d_in == 2
-        and acts.site is None
-        and acts.dtype == "float32"
-    )
+    assert len(acts) == ROWS and acts.d_in == 2 and acts.site is None and acts.dtype == "float32"
     assert "500 rows of 2 from a tensor, float32" in repr(acts)
 
 

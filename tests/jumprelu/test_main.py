@@ -34,7 +34,7 @@ def test_from_text_to_a_report(text, tmp_path, capsys):
     harvest = ("harvest", *text, "--rows", 40, "--layer", 1, "--out", acts, "--dtype", "bfloat16")
     assert run(*harvest) == 0
     assert str(acts) in capsys.readouterr().out
-    assert jr.open_activations(acts).n_rows == 40 * 15  # without <bos>
+    assert len(jr.open_activations(acts)) == 40 * 15  # without <bos>
     (tmp_path / "c.yaml").write_text("d_sae: 24\nsteps: 99\nlr: 1e-2\nbetas: [0, 0.99]\n")
     train = ("train", acts, "--config", tmp_path / "c.yaml", "--set", "steps=12")
     assert run(*train, "--set", "batch_size=64", "--device", "cpu", "--out", sae) == 0
