@@ -173,12 +173,8 @@ class Trainee(torch.nn.Module):
             case "l0_target" | "l0_target_batch":
                 per_sample = c.loss == "l0_target"
                 penalty = losses.l0_target(losses.l0(*jump, layout), c.l0_target, per_sample)
-            case "l0_quadratic":
-                penalty = losses.l0_quadratic(losses.l0(*jump, layout), c.l0_target)
             case "frequency":
                 penalty = losses.frequency_penalty(step(*jump), c.frequency_reference, layout)
-            case "tanh":
-                penalty = losses.tanh_penalty(out.acts, norms, c.tanh_scale, layout)
         if penalty is not None:
             terms["sparsity"] = sparsity * penalty
         if c.architecture in ("topk", "batchtopk") and c.aux_coefficient:

@@ -38,7 +38,7 @@ PATIENCE = timedelta(days=1)
 SEEN_WITHIN = 90.0
 """Seconds that a file system may take to show a file on another node."""
 
-ACROSS_LATENTS = ("l1", "l0", "l0_target", "l0_target_batch", "l0_quadratic", "tanh")
+ACROSS_LATENTS = ("l1", "l0", "l0_target", "l0_target_batch")
 """Losses of sums over a token's latents."""
 
 

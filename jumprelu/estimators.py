@@ -19,6 +19,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 REACH = {"rectangle": 0.5, "triangular": 1.0, "gaussian": 9.0, "epanechnikov": 1.0}
 """K(u) is zero, or below 1e-17, beyond this |u|."""
@@ -58,14 +59,6 @@ def _sum_to(gradient: Tensor, shape: torch.Size) -> Tensor:
     return gradient.sum_to_size(shape) if gradient.shape != shape else gradient
 
 
-def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled():  # in a backward pass: with create_graph=True
-        raise RuntimeError(
-            "a straight-through gradient is not the derivative of what was computed, so it cannot "
-            "be differentiated again: take it without create_graph=True"
-        )
-
-
 class _JumpReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, threshold, bandwidth, kernel_name, ste_to_z):
@@ -74,8 +67,8 @@ class _JumpReLU(torch.autograd.Function):
         return heaviside(z, threshold).mul_(z)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
-        _refuse_second_derivative()
         z, threshold = ctx.saved_tensors
         bandwidth, kernel_name, ste_to_z = ctx.options
         spike = kernel((z - threshold).div_(bandwidth), kernel_name)
@@ -93,8 +86,8 @@ class _Step(torch.autograd.Function):
         return heaviside(z, threshold)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
-        _refuse_second_derivative()
         z, threshold = ctx.saved_tensors
         bandwidth, kernel_name, ste_to_z = ctx.options
         spike = kernel((z - threshold).div_(bandwidth), kernel_name)
@@ -133,7 +126,7 @@ def jump_relu(
     z: pre-activations, any shape [..., d_sae]; threshold: [d_sae] or a scalar, in the units of z;
     bandwidth: ε > 0 in the units of z, used by the backward pass only. Returns the shape of z. At
     z = θ the latent is off. Raises ValueError for a bandwidth ≤ 0, an unknown kernel, and a
-    threshold that does not broadcast to z; RuntimeError in a backward pass with create_graph=True.
+    threshold that does not broadcast to z; RuntimeError where its gradient is differentiated again.
     Source: Rajamanoharan et al. 2024, the definition of JumpReLU and its pseudo-derivative.
     """
     return _JumpReLU.apply(

@@ -1,4 +1,5 @@
-"""Errors on the way to the Hugging Face hub, as three of Python's own that say what to do."""
+"""What is missing on the way to the Hugging Face hub, a package or an answer, as an error of
+Python's own that says what to do."""
 
 from __future__ import annotations
 
@@ -7,6 +8,16 @@ from contextlib import contextmanager
 
 HTTP_CLIENTS = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp"}
 """What huggingface_hub, datasets and fsspec speak to the hub with, in their several versions."""
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around imports: an ImportError says which extra of this package brings what is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        how = f'{error.name} is not installed: run pip install "jumprelu[{extra}]"'
+        raise ImportError(how, name=error.name) from error
 
 
 @contextmanager

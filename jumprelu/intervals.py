@@ -79,21 +79,6 @@ class Interval(NamedTuple):
         return (self.high - self.low) / 2
 
 
-def share_interval(count: int, n: int) -> Interval:
-    """Share of `count` in n with its exact binomial interval (Clopper–Pearson).
-
-    With none of n the upper end is about 3.7/n: a share below 1/n is not claimed from n. Raises
-    ValueError for n < 1.
-    """
-    if n < 1:
-        raise ValueError(f"a share of {n} has no interval: give at least 1")
-    from scipy import stats  # a second of import time
-
-    found = stats.binomtest(count, n)
-    low, high = found.proportion_ci(LEVEL, method="exact")
-    return Interval(found.statistic, float(low), float(high))
-
-
 def bootstrap(
     statistic: Callable[[torch.Tensor], torch.Tensor], documents: int, draws: int = 1000
 ) -> Interval:

@@ -42,17 +42,9 @@ def l0(
 
 
 def l0_target(l0: Tensor, target: float, per_sample: bool) -> Tensor:
-    """(‖f‖₀/target − 1)²: of each token (`per_sample`) or of the batch's mean; l0: [batch].
-
-    What we have of the paper (second-hand) can be read either way, so both are here.
-    """
+    """(‖f‖₀/target − 1)²: of each token (`per_sample`; Rajamanoharan et al. 2024, the section on
+    target L0) or of the batch's mean; l0: [batch]."""
     return (l0 / target - 1).square().mean() if per_sample else (l0.mean() / target - 1).square()
-
-
-def l0_quadratic(l0: Tensor, target: float) -> Tensor:
-    """(2/target)·(‖f‖₀ − target)², per token, then averaged: Gemma Scope 2's penalty (second-hand);
-    l0: [batch]."""
-    return 2 / target * (l0 - target).square().mean()
 
 
 def frequency_penalty(active: Tensor, reference: float, layout: Layout = DENSE) -> Tensor:
@@ -64,12 +56,6 @@ def frequency_penalty(active: Tensor, reference: float, layout: Layout = DENSE) 
     """
     frequency = layout.per_latent(active)
     return (frequency * (1 + frequency / reference)).sum()
-
-
-def tanh_penalty(acts: Tensor, norms: Tensor, scale: float = 4.0, layout: Layout = DENSE) -> Tensor:
-    """Σ_i tanh(c·f_i‖d_i‖), c = `scale`: Anthropic's smooth stand-in for L0 (January 2025
-    update)."""
-    return layout.per_token(torch.tanh(scale * acts * layout.at(norms))).mean()
 
 
 def auxk(residual: Tensor, pre: Tensor, atoms: Tensor, k: int) -> Tensor:

@@ -17,7 +17,7 @@ SPARSITY_LOSSES = {
     "gated": ("l1",),
     "topk": ("none",),
     "batchtopk": ("none",),
-    "jumprelu": ("l0", "l0_target", "l0_target_batch", "l0_quadratic", "frequency", "tanh", "l1"),
+    "jumprelu": ("l0", "l0_target", "l0_target_batch", "frequency", "l1"),
 }
 """Architectures and the sparsity losses each can be trained with; the first is its own."""
 
@@ -57,10 +57,9 @@ class TrainConfig:
     sparsity_loss: str | None = None
     """None: the architecture's own. Otherwise one of SPARSITY_LOSSES[architecture]."""
     l0_target: float = 32.0
-    """For the "l0_target…" and "l0_quadratic" losses."""
+    """For the "l0_target…" losses."""
     frequency_reference: float = 0.1
     """ω₀ of the "frequency" loss."""
-    tanh_scale: float = 4.0
     k: int = 32
     """Active latents a token, for "topk" and "batchtopk"."""
     topk_buckets: int | None = None

@@ -31,12 +31,11 @@ from companion.rails import study
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import save_figure, show_facts
-from companion.rails.repeats import mean_interval
+from companion.rails.repeats import mean_interval, share_interval
 from companion.training import describe, frequency
 from companion.training.plots import frequency as plots
 
 import jumprelu as jr
-from jumprelu.intervals import share_interval
 
 # %% tags=["parameters"]
 # down to `threads` as in notebook 03, whose runs are reused

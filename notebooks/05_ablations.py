@@ -29,12 +29,12 @@ from companion.rails import frontier, study
 from companion.rails.cache import remember
 from companion.rails.claims import claim, ledger
 from companion.rails.figures import save_figure, show_facts
-from companion.rails.repeats import mean_interval
+from companion.rails.repeats import mean_interval, share_interval
 from companion.ste import on_activations
 from companion.training.plots import ablations as plots
 
 import jumprelu as jr
-from jumprelu.intervals import Interval, share_interval
+from jumprelu.intervals import Interval
 from jumprelu.recipe import bandwidth_at, sparsity_at
 
 # %% tags=["parameters"]

@@ -11,8 +11,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from ..extras import needs
-from ..hub_access import hub_access
+from ..hub_access import hub_access, needs
 
 
 def list_files(repo: str, revision: str | None = None) -> list[str]:

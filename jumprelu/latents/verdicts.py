@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..files import digest, read_json, write_text
-from ..intervals import share_interval
+from ..intervals import LEVEL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -163,6 +163,7 @@ def score(
     missing ratings.
     """
     import pandas as pd
+    from scipy import stats
 
     if not paths:
         raise ValueError("no ratings given: expected at least one CSV file")
@@ -191,7 +192,9 @@ def score(
     for group, part in items[items.verdict != ""].groupby(list(by)):
         for rating in reversed(RATINGS):
             count = int((part.verdict == rating).sum())
-            rows.append((*group, rating, count, len(part), *share_interval(count, len(part))))
+            share = stats.binomtest(count, len(part))
+            ends = share.proportion_ci(LEVEL, method="exact")
+            rows.append((*group, rating, count, len(part), share.statistic, *ends))
     shares = pd.DataFrame(rows, columns=[*by, "rating", "count", "n", "share", "low", "high"])
     return Scored(items, shares, krippendorff_alpha(table), tuple(files))
 

@@ -13,6 +13,7 @@ from companion.rails.repeats import (
     leave_one_out,
     mean_interval,
     over_seeds,
+    share_interval,
     squared_length,
     summarise,
 )
@@ -105,3 +106,11 @@ def test_an_interval_over_seeds_covers_documents_and_seeds():
     pairs = over_seeds([lambda w, one=one: torch.stack([one(w), -one(w)], -1) for one in seeds], 40)
     assert (pairs.mean[0], pairs.low[0], pairs.high[0]) == pytest.approx(tuple(both))
     assert (-pairs.mean[1], -pairs.high[1], -pairs.low[1]) == pytest.approx(tuple(both))
+
+
+def test_a_share_of_none_is_not_said_to_be_zero():
+    found = share_interval(0, 100)
+    assert found.mean == found.low == 0
+    assert found.high == pytest.approx(1 - 0.025 ** (1 / 100))  # (1 − p)^100 = 2.5 %
+    with pytest.raises(ValueError, match="a share of 0"):
+        share_interval(0, 0)

@@ -33,7 +33,6 @@ def test_l0_targets():
     l0 = torch.tensor([1.0, 3.0])
     assert losses.l0_target(l0, 2.0, per_sample=True).item() == pytest.approx(0.25)
     assert losses.l0_target(l0, 2.0, per_sample=False).item() == 0.0
-    assert losses.l0_quadratic(l0, 2.0).item() == 1.0
 
 
 def test_frequency_penalty_prefers_spread():
@@ -41,13 +40,6 @@ def test_frequency_penalty_prefers_spread():
     spread = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     assert losses.frequency_penalty(concentrated, 0.5).item() == 1 * (1 + 1 / 0.5)
     assert losses.frequency_penalty(spread, 0.5).item() == 2 * 0.5 * (1 + 0.5 / 0.5)
-
-
-def test_tanh_penalty():
-    acts, norms = torch.tensor([[0.5, 0.0]]), torch.tensor([2.0, 1.0])
-    assert losses.tanh_penalty(acts, norms, 3.0).item() == pytest.approx(
-        torch.tanh(torch.tensor(3.0)).item()
-    )
 
 
 def test_auxk_uses_dead_latents_only():

@@ -11,7 +11,7 @@ from models import D_MODEL, save_tiny
 import jumprelu as jr
 from jumprelu.__main__ import COMMANDS, main, read_config
 from jumprelu.activations import activations_from_tensor
-from jumprelu.extras import needs
+from jumprelu.hub_access import needs
 
 
 @pytest.fixture(scope="module")

@@ -107,14 +107,11 @@ def test_diagnostics_split_the_gradient_of_the_threshold(loss):
         (-theta * to_acts * K).sum(0).abs().mean().item(), rel=1e-6
     )
     l0, frequency = (pre > theta).sum(-1).double(), (pre > theta).double().mean(0)
-    acts = out.acts.detach()
     per_activation = {  # derivative of the penalty by the step H(π − θ), or by f if it acts on f
         "l0": torch.ones(256, 48).double(),
         "l0_target": (2 * (l0 / 5 - 1) / 5)[:, None].expand(256, 48),
         "l0_target_batch": (2 * (l0.mean() / 5 - 1) / 5).expand(256, 48),
-        "l0_quadratic": (2 / 5 * 2 * (l0 - 5))[:, None].expand(256, 48),
         "frequency": (1 + 2 * frequency / config.frequency_reference).expand(256, 48),
-        "tanh": theta * config.tanh_scale * (1 - torch.tanh(config.tanh_scale * acts) ** 2),
         "l1": theta.expand(256, 48),
     }[loss]
     if loss == "l1":  # RI-L1: free norms weigh the activations

@@ -35,6 +35,19 @@ def mean_interval(
     return Interval(*map(float, found)) if values.ndim == 1 else found
 
 
+def share_interval(count: int, n: int) -> Interval:
+    """Share of `count` in n with its exact binomial interval (Clopper–Pearson).
+
+    With none of n the upper end is about 3.7/n: a share below 1/n is not claimed from n. Raises
+    ValueError for n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"a share of {n} has no interval: give at least 1")
+    found = stats.binomtest(count, n)
+    low, high = found.proportion_ci(0.95, method="exact")
+    return Interval(found.statistic, float(low), float(high))
+
+
 def over_seeds(
     statistics: Sequence[Callable[[torch.Tensor], torch.Tensor]], documents: int, draws: int = 1000
 ) -> Interval:

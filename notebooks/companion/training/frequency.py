@@ -16,10 +16,10 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from jumprelu.intervals import Interval, share_interval
+from jumprelu.intervals import Interval
 
 from ..rails.frontier import at_l0
-from ..rails.repeats import mean_interval
+from ..rails.repeats import mean_interval, share_interval
 from .describe import DESCRIPTORS
 
 
@@ -143,9 +143,8 @@ def extreme_share(frequencies: Sequence[torch.Tensor], above: float = 0.5) -> In
     """Share of latents that fire on more than `above` of tokens, with the exact binomial 95 %
     interval over latents.
 
-    frequencies: one tensor a seed, [d_sae]; all seeds are pooled
-    (:func:`jumprelu.intervals.share_interval`). Latents are taken for independent, which those of
-    one SAE are not quite. Raises ValueError for no latents.
+    frequencies: one tensor a seed, [d_sae]; all seeds are pooled. Latents are taken for
+    independent, which those of one SAE are not quite. Raises ValueError for no latents.
     """
     pooled = (
         torch.cat([frequency.flatten().cpu() for frequency in frequencies])
