@@ -12,8 +12,6 @@ harvest and train, interrupted, go on where they stopped when the same command i
 on any number of processes, and by itself with torchrun's --max-restarts.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

@@ -44,29 +44,22 @@ order to skip."""
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """A store, open for reading; made by :func:`open_activations`."""
+    """A store, open for reading; made by :func:`open_activations`.
+
+    site (named as in jumprelu/sites.py), layer (from 0), model_name: where the activations come
+    from, None for a tensor. d_in: their width. dtype: on disk, a string; what is read is float32.
+    """
 
     folder: Path
     index: dict[str, Any] = field(repr=False)
     _checked: set[str] = field(default_factory=set, repr=False)
     """Shards whose checksum was compared since the store was opened."""
 
-    site = property(
-        lambda self: self.index["request"]["site"],
-        doc="Named as in jumprelu/sites.py; None for a tensor.",
-    )
-    layer = property(
-        lambda self: self.index["request"]["layer"],
-        doc="Number of the block, from 0; None for a tensor.",
-    )
-    dtype = property(
-        lambda self: self.index["request"]["dtype"],
-        doc="Type on disk, a string; what is read is float32.",
-    )
-    d_in = property(lambda self: self.index["d_in"], doc="Width of an activation.")
-    model_name = property(
-        lambda self: self.index["model_name"], doc="Name of the language model; None for a tensor."
-    )
+    site = property(lambda self: self.index["request"]["site"])
+    layer = property(lambda self: self.index["request"]["layer"])
+    dtype = property(lambda self: self.index["request"]["dtype"])
+    d_in = property(lambda self: self.index["d_in"])
+    model_name = property(lambda self: self.index["model_name"])
 
     def __len__(self) -> int:
         return sum(record["rows"] for record in self.index["shards"].values())

@@ -8,8 +8,6 @@ Notable here:
   whichever is faster for the batch at hand (`support.py`, `distributed.py`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from typing import NamedTuple

@@ -13,8 +13,6 @@ Comparisons are written as ones and zeros of z's own type, in place: booleans wo
 as slow on a CPU.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

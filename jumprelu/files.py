@@ -5,8 +5,6 @@ either the old file or the new one, never half of one. A folder of many files is
 :func:`locked`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

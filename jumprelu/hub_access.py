@@ -1,8 +1,6 @@
 """What is missing on the way to the Hugging Face hub, a package or an answer, as an error of
 Python's own that says what to do."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

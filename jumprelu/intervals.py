@@ -1,7 +1,5 @@
 """Standard errors and 95 % confidence intervals over documents and groups of documents."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple

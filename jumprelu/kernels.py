@@ -15,8 +15,6 @@ Notable here:
 Source: Gao et al. 2024 (arXiv 2406.04093), in an appendix, train SAEs with sparse Triton kernels.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -55,22 +55,10 @@ class LM:
         """The text model's configuration."""
         return self.model.config.get_text_config()
 
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return self.config.hidden_size
-
-    @property
-    def n_layers(self) -> int:
-        return self.config.num_hidden_layers
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
+    d_model = property(lambda self: self.config.hidden_size, doc="Width of the residual stream.")
+    n_layers = property(lambda self: self.config.num_hidden_layers)
+    device = property(lambda self: self.model.device)
+    dtype = property(lambda self: self.model.dtype)
 
     @property
     def special_ids(self) -> tuple[int, ...]:

@@ -7,8 +7,6 @@ Instead of a matrix [batch, d_sae], the losses with a `layout` also take the ent
 :class:`jumprelu.support.Support`; `threshold` is then that of each entry.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -8,8 +8,6 @@ Notable here:
 - what is replaced and what is counted: see splicing.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -6,8 +6,6 @@ update is that of `torch.optim.Adam(fused=True)`, on a CPU bit for bit. A matrix
 rows at a time, small enough for a cache; on a GPU with Triton, one kernel does all.
 """
 
-from __future__ import annotations
-
 import torch
 
 from . import kernels

@@ -91,26 +91,11 @@ class SAE(torch.nn.Module):
         self.threshold.data = threshold.to(self.threshold.device)  # moved, never cast
         return self
 
-    @property
-    def d_in(self) -> int:
-        return self.W_enc.shape[0]
-
-    @property
-    def d_sae(self) -> int:
-        return self.W_enc.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.W_enc.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of all arrays but `threshold`, which stays float32."""
-        return self.W_enc.dtype
-
-    @property
-    def input_scale(self) -> float:
-        return self.origin.input_scale
+    d_in = property(lambda self: self.W_enc.shape[0])
+    d_sae = property(lambda self: self.W_enc.shape[1])
+    device = property(lambda self: self.W_enc.device)
+    dtype = property(lambda self: self.W_enc.dtype, doc="Of all arrays but `threshold`.")
+    input_scale = property(lambda self: self.origin.input_scale)
 
     @property
     def fingerprint(self) -> str:

@@ -18,8 +18,6 @@ A model whose blocks have other children than its family's is refused, with the 
 found: a hook in the wrong place would give numbers that look right.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from functools import partial

@@ -5,8 +5,6 @@ then done with them is in `support.py`.
 what it found again in float32: S can only be larger than needed, and no value comes from bfloat16.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -8,8 +8,6 @@ Notable here:
   splicing cannot change.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager

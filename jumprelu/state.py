@@ -5,8 +5,6 @@ to the very bits: weights, Adam's moments, dead-latent counters, random state an
 file; the place in the data is the number of steps.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import NamedTuple

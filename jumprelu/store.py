@@ -2,8 +2,6 @@
 the store answers (model, tokens, site, layer, dtype) and, for every shard, rows, bytes and SHA-256.
 """
 
-from __future__ import annotations
-
 from hashlib import sha256 as new_sha256
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """How the threads of torch wait for each other. Imports no torch, for it must come before torch."""
 
-from __future__ import annotations
-
 import os
 import sys
 

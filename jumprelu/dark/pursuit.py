@@ -22,8 +22,6 @@ Blumensath & Davies 2008, clipped at 0.
 - a latent found at q ≤ 0 counts in c and so in η, but is clipped at once.
 """
 
-from __future__ import annotations
-
 import torch
 from torch.nn.functional import embedding_bag
 

@@ -7,8 +7,6 @@
   difference between SAEs.
 """
 
-from __future__ import annotations
-
 import math
 import shutil
 import tempfile

@@ -6,8 +6,6 @@ the cache only when it is whole. Without network, the files in the cache stand f
 Errors are those of :func:`jumprelu.hub_access`; none repeats a token.
 """
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """One way to load an SAE, whoever wrote it."""
 
-from __future__ import annotations
-
 import re
 from contextlib import suppress
 from pathlib import Path

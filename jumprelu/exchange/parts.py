@@ -5,8 +5,6 @@ gate) is folded here, and exactly: the reconstruction of raw activations stays t
 and activations differ by the factor of the fold.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ What cannot be folded, such as a norm taken of each input, is refused with the r
 carries the SAE's :class:`jumprelu.sae.Origin` under the key "jumprelu", which others ignore.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -4,8 +4,6 @@ Random choices follow a hash of (seed, latent, row, position), so they do not de
 the batches.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

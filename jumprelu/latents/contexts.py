@@ -8,8 +8,6 @@
 - BOS, EOS and padding give no activation and are nobody's centre, as everywhere in this package.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 

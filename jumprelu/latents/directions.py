@@ -9,8 +9,6 @@
   their own.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

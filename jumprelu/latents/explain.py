@@ -28,8 +28,6 @@ An answer that cannot be read is a missing value (NaN), never a zero. An excepti
 study, so `ask` is the place to retry, to keep answers on disk and to count what they cost.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Sequence

@@ -10,8 +10,6 @@ network.
 - `OUT.html#latent=123` leads to latent 123, in every page made of this SAE.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple

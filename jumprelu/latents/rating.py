@@ -11,8 +11,6 @@ the manual study.)
   idle edits; who reads the page's script can forge it.
 """
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -10,8 +10,6 @@
 The assets are in `assets/`: `<name>.html`, `.css` and `.js`, after `common.css` and `common.js`.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import html
