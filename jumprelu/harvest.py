@@ -5,7 +5,6 @@ Notable here:
   index afterwards. So a process that is killed at any point leaves a store that the same call
   completes, byte for byte as if it had never stopped (on one machine, with one number of threads
   and one `batch_rows`: these change the last bits of a sum).
-- of two processes that harvest into one folder, one works; the other waits and takes what is there.
 - the model does not wait: activations are copied to the host while the next batch is computed, and
   a thread checks and writes a shard while the next one is filled. Memory: two shards a site, and
   one batch in the model.

@@ -3,7 +3,6 @@
 They compute what `sparse.py`, `support.py` and `optim.py` compute on a CPU. All of them wait for
 memory, not for arithmetic, so each says what it moves.
 
-Notable here:
 - entries are in compressed rows: `start`, int32 [rows + 1], says where each row's entries begin,
   and the end of the last. There are fewer than 2³¹ of them; offsets into matrices are 64 bits.
 - no kernel uses atomics: each output is written once, by one program, in one order. Results are the

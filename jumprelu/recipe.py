@@ -4,6 +4,8 @@ Lengths of warm-ups and annealing are shares of the run, so a configuration keep
 `steps` changes. All of θ, ε, λ are in the unit of inputs scaled to E‖x‖² = 1.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -6,7 +6,6 @@ Notable here:
   started again with the same `out`, it ends with the very bits of an uninterrupted run.
 - a sweep reads its data once for all runs that see the same batches. These take turns of a block of
   batches, small enough that it, and the weights of the run at work, stay in a cache.
-- two processes with one `out` do not harm each other: the second waits, and finds the result.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ FROM_THE_CORE = {("jumprelu.corpus", "jumprelu.subject.texts")}
 this is what the core sees of the folders."""
 SHARED = {"rails", "papers"}
 """Folders of the companion that every other one may see."""
-CORE_LINES, LIBRARY_LINES = 5_720, 10_980
-"""What the library has today, so that it only gets smaller: the aim is 5,000 and 9,000."""
+CORE_LINES, LIBRARY_LINES = 5_000, 9_040
+"""At most, with every line counted: a library that is read in one sitting."""
 HEAVY = ("transformers", "datasets", "pandas", "matplotlib", "IPython", "sympy")
 
 

@@ -12,14 +12,11 @@ Blumensath & Davies 2008, clipped at 0.
 
 - η is the best step before clipping: where nothing is clipped, ‖r‖² falls by ⟨c, r⟩²/⟨c, c⟩. Where
   something is, ‖r‖ may rise. The last code counts, not the best on the way.
-- ⟨c, r⟩ = ‖g‖², so that ⟨c, c⟩ = 0 means g = 0: nothing is left to do on S, and η is 0.
-- no [batch, d_sae] of weights: each token keeps its latents and weights, and gD and wD are
-  embedding bags, which add up atoms without a copy of them. r is computed from w anew at each step:
-  no rounding is carried along.
+- each token keeps its latents and weights, and gD and wD are embedding bags: no [batch, d_sae] of
+  weights. r is computed from w anew at each step: no rounding is carried along.
 - the step number is the slot that a latent is kept in: there is always one free. It stays empty if
   the latent is in S already. A latent that is clipped to 0 leaves S and its slot, for good; if it
   is found again, it enters as a new one.
-- a latent found at q ≤ 0 counts in c and so in η, but is clipped at once.
 """
 
 import torch

@@ -4,7 +4,6 @@
   (:mod:`jumprelu.latents.choosing`). The second counts the histogram, which needs the maximum, and
   reads the activations around what was chosen. Activations of the model are kept in between while
   they fit (`KEPT`), and else computed again.
-- memory: what is chosen, and one batch.
 - BOS, EOS and padding give no activation and are nobody's centre, as everywhere in this package.
 """
 
@@ -165,13 +164,7 @@ class _Stream:
     """Activations of the model at the tokens kept, a batch of rows at a time, as often as asked
     for."""
 
-    def __init__(
-        self,
-        lm: LM,
-        saes: Sequence[SAE],
-        tokens: Tokens,
-        batch_rows: int | None = None,
-    ):
+    def __init__(self, lm: LM, saes: Sequence[SAE], tokens: Tokens, batch_rows: int | None = None):
         lm.check_ids(tokens.ids)
         self.lm, self.tokens, self.keep = lm, tokens, ~lm.is_special(tokens.ids)
         if not self.keep.any():

@@ -16,14 +16,6 @@ models", as in the JumpReLU paper). `jumprelu.latents.interp` scores the predict
 
     table = interp.study(saes, lm, tokens, LLMExplainer(ask, lm.tokenizer))
 
-A local model of transformers does as well:
-
-    write = transformers.pipeline("text-generation", "Qwen/Qwen2.5-7B-Instruct")
-
-    def ask(prompt):
-        found = write([{"role": "user", "content": prompt}], max_new_tokens=2000, do_sample=False)
-        return found[0]["generated_text"][-1]["content"]
-
 An answer that cannot be read is a missing value (NaN), never a zero. An exception of `ask` ends the
 study, so `ask` is the place to retry, to keep answers on disk and to count what they cost.
 """

@@ -9,9 +9,7 @@ from.
   is scored on. Nor does it meet text that it has seen: licences and the like stand in many
   documents, so windows that repeat one are left out (:func:`fresh`).
 - a score alone says little. Beside it stand the same windows with another latent's explanation
-  (`shuffled_…`); other models may be given for SAEs of random weights.
-- latents are drawn from bands of frequency; `weight` says how many latents of the SAE each stands
-  for.
+  (`shuffled_…`).
 """
 
 from __future__ import annotations

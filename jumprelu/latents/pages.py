@@ -23,15 +23,7 @@ from ..sae import SAE
 from ..splicing import place_of
 from .contexts import Contexts
 from .directions import logit_effects, nearest
-from .webpage import (
-    layout,
-    narrow,
-    pack,
-    page,
-    shades,
-    token_texts,
-    vocabulary,
-)
+from .webpage import layout, narrow, pack, page, shades, token_texts, vocabulary
 
 BLOCK = 128
 """Latents whose contexts are compressed together."""

@@ -10,11 +10,11 @@ import importlib.metadata
 import os
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..files import SUBJECT, cache_root, digest, read_json
+from ..files import cache_root, digest
 
 if TYPE_CHECKING:
     import datasets
@@ -84,16 +84,3 @@ def installed_texts() -> datasets.Dataset:
         cache_dir=str(cache_root() / "datasets"),  # across them missed
         fingerprint=f"installed-{key}",
     )
-
-
-def fingerprint(texts: Iterable[dict[str, Any]]) -> str:
-    """Digest of paths and contents; the same text gives the same digest on every machine."""
-    seen = hashlib.sha256()
-    for row in texts:
-        seen.update(hashlib.sha256((row["path"] + "\0" + row["text"]).encode()).digest())
-    return seen.hexdigest()[:16]
-
-
-def recorded_fingerprint() -> str:
-    """Fingerprint of the test split of the corpus that the embedded model was trained beside."""
-    return read_json(SUBJECT / "training.json")["corpus"]

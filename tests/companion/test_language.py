@@ -252,6 +252,14 @@ def test_corpus_tables(tmp_path):
     assert summary.loc["total", [c for c in summary if c.endswith("documents")]].sum() == 200
 
 
+def test_fingerprint_follows_content_path_and_order():
+    rows = [{"path": f"{i}", "text": f"value_{i} = {i}"} for i in range(3)]
+    changed = [dict(rows[0], text=rows[0]["text"] + " "), *rows[1:]]
+    moved = [dict(rows[0], path="other"), *rows[1:]]
+    every = [texts.fingerprint(some) for some in (rows, changed, moved, rows[::-1])]
+    assert len(set(every)) == 4 and every[0] == texts.fingerprint(iter(rows))
+
+
 def test_fingerprint_note(monkeypatch):
     assert "no fingerprint is recorded" in texts.fingerprint_note("some/dataset")
     monkeypatch.setattr(texts, "load_texts", lambda source, split: [{"path": "a", "text": "b"}])

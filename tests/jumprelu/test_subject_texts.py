@@ -1,4 +1,4 @@
-"""The texts of the embedded language model: which documents are taken, and their fingerprint."""
+"""The texts of the embedded language model: which documents are taken."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 from jumprelu.corpus import SPLITS, load_texts, split_of
 from jumprelu.subject import texts as subject_texts
-from jumprelu.subject.texts import fingerprint, installed_files
+from jumprelu.subject.texts import installed_files
 
 
 def document(number: int) -> str:
@@ -59,23 +59,3 @@ def test_installed_files_are_named_without_the_place_of_installation():
     assert names == sorted(names) and len(set(names)) == len(names)
     assert "stdlib/abc.py" in names and any(name.startswith("torch/") for name in names)
     assert not [name for name in names if name.startswith("/") or "site-packages" in name]
-
-
-def test_fingerprint_follows_content_path_and_order():
-    rows = [{"path": f"{i}", "text": document(i)} for i in range(3)]
-    make = datasets.Dataset.from_list
-    first = fingerprint(make(rows))
-    assert first == fingerprint(make(rows))
-    changed = [dict(rows[0], text=rows[0]["text"] + " "), *rows[1:]]
-    moved = [dict(rows[0], path="other"), *rows[1:]]
-    assert (
-        len(
-            {
-                first,
-                fingerprint(make(changed)),
-                fingerprint(make(moved)),
-                fingerprint(make(rows[::-1])),
-            }
-        )
-        == 4
-    )

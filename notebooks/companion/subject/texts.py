@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+from collections.abc import Iterable
+from typing import Any
 
 import datasets
 import pandas as pd
 
 from jumprelu.corpus import SPLITS, Tokens, load_texts, tokenize
+from jumprelu.files import SUBJECT, read_json
 from jumprelu.lm import LM
-from jumprelu.subject.texts import fingerprint, recorded_fingerprint
 
 
 def corpus_table(source: str, documents: int = 300) -> pd.DataFrame:
@@ -44,6 +47,19 @@ def corpus_summary(table: pd.DataFrame) -> pd.DataFrame:
         f"{split} {'documents' if what == 'documents' else 'MB'}" for what, split in wide.columns
     ]
     return wide.astype({name: int for name in wide.columns if name.endswith("documents")}).round(2)
+
+
+def fingerprint(texts: Iterable[dict[str, Any]]) -> str:
+    """Digest of paths and contents; the same text gives the same digest on every machine."""
+    seen = hashlib.sha256()
+    for row in texts:
+        seen.update(hashlib.sha256((row["path"] + "\0" + row["text"]).encode()).digest())
+    return seen.hexdigest()[:16]
+
+
+def recorded_fingerprint() -> str:
+    """Fingerprint of the test split of the corpus that the embedded model was trained beside."""
+    return read_json(SUBJECT / "training.json")["corpus"]
 
 
 def fingerprint_note(source: str) -> str:

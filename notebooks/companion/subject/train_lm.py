@@ -32,7 +32,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFas
 
 from jumprelu.corpus import load_texts, tokenize
 from jumprelu.files import SUBJECT, cache_root, digest, read_json, write_json, write_text, writing
-from jumprelu.subject.texts import fingerprint
+
+from .texts import fingerprint
 
 
 @dataclass(frozen=True)
