@@ -19,9 +19,9 @@ ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE
 # notebooks/ holds the package `companion`, which is not installed.
 PYTHONPATH := $(CURDIR)/notebooks$(if $(PYTHONPATH),:$(PYTHONPATH))
-# Threads that wait for others sleep: spinning, they slow down whatever else runs, and themselves.
+# Threads that wait for others soon sleep: spinning, they slow down whatever else runs, and themselves.
 OMP_WAIT_POLICY ?= PASSIVE
-GOMP_SPINCOUNT ?= 0
+GOMP_SPINCOUNT ?= 1000
 export PYTHONPATH OMP_WAIT_POLICY GOMP_SPINCOUNT
 # Tests marked `network` or `slow` run where CI is set (`make test CI=1`); the share of code that tests must reach is for all.
 MARKED := $(if $(CI),,-m "not network and not slow" --cov-fail-under=0)

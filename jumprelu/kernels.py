@@ -14,6 +14,8 @@ memory, not for arithmetic, so each says what it moves.
 Source: Gao et al. 2024 (arXiv 2406.04093), in an appendix, train SAEs with sparse Triton kernels.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

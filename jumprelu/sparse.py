@@ -22,11 +22,10 @@ class SparsePolicy:
     """When a pass computes only the entries of S, and how it looks for them. It changes results to
     rounding only. Defaults for CPUs were measured; those for GPUs are estimates."""
 
-    dense_above: float = 0.25
+    dense_above: float = 0.2
     """Share of entries in S above which a dense step is the faster; 0: every step is dense. Sparse
-    and dense steps take the same time at 0.24 to 0.34 on a CPU with AVX2 (d_in 256, d_sae 512 to
-    16,384, batches of 256 to 2,048), and at 0.16 (d_sae 1,024) to above 0.21 (4,096) on one with
-    AMX: `figures/benchmark_density.csv`."""
+    and dense steps take the same time at 0.11 (d_sae 1,024) and 0.20 (4,096) on a CPU with AVX-512,
+    at 0.16 and about 0.3 with AMX, at 0.28 and 0.33 with AVX2: figures/benchmark_density.csv."""
     bf16_below: float = 0.03
     """Share of entries up to which looking in bfloat16 is worth computing what was found again."""
     gpu_bf16_below: float = 0.08

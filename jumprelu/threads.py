@@ -3,12 +3,13 @@
 import os
 import sys
 
-PASSIVE_WAITING: dict[str, str] = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-"""Environment variables with which waiting threads sleep. Give them to every child process.
+PASSIVE_WAITING: dict[str, str] = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+"""Environment variables with which waiting threads spin for some microseconds and then sleep. Give
+them to every child process.
 
-By default OpenMP's threads spin while they wait, which takes the cores away from the threads that
-are waited for as soon as anything else runs: beside one busy process a training step on 2 cores
-then takes some ten times as long as with these (notebook 10 has the measurement).
+By default OpenMP's threads spin for long, which takes the cores away from the threads that are
+waited for as soon as anything else runs. With these, a training step is a little slower on a quiet
+machine, and two to ten times as fast on a busy one (notebook 10 has a measurement).
 """
 
 

@@ -267,10 +267,10 @@ save_figure("10", plots.density, by_density)
 #
 # Two threads share every operation of a step and meet at its end. By default the one that comes
 # first spins; when another process wants the core, the spinning thread holds it and the one that is
-# waited for does not get on. `import jumprelu` therefore tells OpenMP to let waiting threads sleep
-# (`jumprelu.threads`), unless torch is loaded already or the user has chosen.
+# waited for does not get on. `import jumprelu` therefore tells OpenMP to spin for some microseconds
+# and then to sleep (`jumprelu.threads`), unless torch is loaded already or the user has chosen.
 #
-# **What is computed.** The same training steps in two processes, one with either way of waiting, in
+# **What is computed.** The same training steps in three processes, one for each way of waiting, in
 # turns; with nothing else on the machine, and beside one process that never rests.
 
 # %%
@@ -472,10 +472,12 @@ waits = by_neighbour.set_index(["machine", "neighbour", "waiting"]).ms
 for machine_name in by_neighbour.machine.unique():
     quiet, beside_one = (waits[machine_name, name] for name in by_neighbour.neighbour.unique())
     facts |= {
-        f"a step beside a busy process, spinning over sleeping threads, {machine_name}": round(
-            beside_one.spin / beside_one.sleep, 1
+        f"a step beside a busy process, long over brief spinning, {machine_name}": round(
+            beside_one["spin"] / beside_one["spin briefly"], 1
         ),
-        f"the same with nothing else running, {machine_name}": round(quiet.spin / quiet.sleep, 2),
+        f"the same with nothing else running, {machine_name}": round(
+            quiet["spin"] / quiet["spin briefly"], 2
+        ),
     }
 facts |= {
     "training: JumpReLU's rate over that of our other architectures, float32": beside(

@@ -201,9 +201,9 @@ def test_density_alone(tmp_path):
 @pytest.mark.slow
 def test_both_ways_of_waiting_are_timed_with_and_without_a_neighbour():
     table = neighbour_table(QUICK_SIZES[0], threads=1, rounds=2, steps=1)
-    assert len(table) == 4 and not table.duplicated(["waiting", "neighbour"]).any()
+    assert len(table) == 6 and not table.duplicated(["waiting", "neighbour"]).any()
     assert (table.ms > 0).all() and (table.q1 <= table.q3).all()
-    assert set(table.waiting) == {"spin", "sleep"}
+    assert set(table.waiting) == {"spin", "spin briefly", "sleep"}
 
 
 # ---- quality

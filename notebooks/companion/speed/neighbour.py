@@ -23,8 +23,12 @@ from jumprelu.threads import PASSIVE_WAITING
 from .quality import synthetic_activations
 from .trainers import RUN_STEPS, Pool, Size, set_l0
 
-WAYS: dict[str, dict[str, str]] = {"spin": {}, "sleep": PASSIVE_WAITING}
-"""How threads wait: OpenMP's own default, and what this package sets."""
+WAYS: dict[str, dict[str, str]] = {
+    "spin": {},
+    "spin briefly": PASSIVE_WAITING,
+    "sleep": PASSIVE_WAITING | {"GOMP_SPINCOUNT": "0"},
+}
+"""How threads wait: OpenMP's own default, what this package sets, and no spinning at all."""
 NEIGHBOURS = {"nothing": None, "one busy process": "while True: pass"}
 """What else runs: a program for a process of its own."""
 

@@ -130,25 +130,25 @@ def density(data: pd.DataFrame) -> Figure:
 
 
 def neighbour(data: pd.DataFrame) -> Figure:
-    """Time of a step beside a busy process, with threads that spin and threads that sleep.
+    """Time of a step beside a busy process, by how long waiting threads spin.
 
     Paper: none.
 
-    Columns waiting (spin, sleep), neighbour, ms and its quartiles q1 and q3, machine.
+    Columns waiting (spin, spin briefly, sleep), neighbour, ms and its quartiles q1 and q3, machine.
     """
     machines = list(data.groupby("machine", sort=False))
     fig, axes = plt.subplots(
         1, len(machines), figsize=(1.5 + 4 * len(machines), 2.4), layout="constrained"
     )
-    looks = {"spin": ("#bd1f01", "//"), "sleep": ("#3f90da", "")}
+    looks = {"spin": ("#bd1f01", "//"), "spin briefly": ("#3f90da", ""), "sleep": ("#94a4a2", "..")}
     for ax, (machine, part) in zip(np.atleast_1d(axes), machines, strict=True):
         names = list(part.neighbour.unique())
         for shift, (way, rows) in zip(
-            (-0.2, 0.2), part.groupby("waiting", sort=False), strict=True
+            (-0.27, 0, 0.27), part.groupby("waiting", sort=False), strict=True
         ):
             color, hatch = looks[way]
             y = [names.index(name) + shift for name in rows.neighbour]
-            ax.barh(y, rows.ms, height=0.36, color=color, hatch=hatch, edgecolor="white", label=way)
+            ax.barh(y, rows.ms, height=0.25, color=color, hatch=hatch, edgecolor="white", label=way)
             ax.hlines(y, rows.q1, rows.q3, color="black", linewidth=1)
             for at, row in zip(y, rows.itertuples(), strict=True):
                 ax.text(row.q3, at, f" {row.ms:,.0f} ms", va="center", fontsize=7)
