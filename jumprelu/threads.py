@@ -4,12 +4,9 @@ import os
 import sys
 
 PASSIVE_WAITING: dict[str, str] = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
-"""Environment variables with which waiting threads spin for some microseconds and then sleep. Give
-them to every child process.
-
-By default OpenMP's threads spin for long, which takes the cores away from the threads that are
-waited for as soon as anything else runs. With these, a training step is a little slower on a quiet
-machine, and two to ten times as fast on a busy one (notebook 10 has a measurement).
+"""Environment variables of child processes: threads that wait spin for some microseconds and then
+sleep. OpenMP's own spin for long, and take the cores away from the threads that are waited for as
+soon as anything else runs: a step then takes two to ten times as long (notebook 10).
 """
 
 
