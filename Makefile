@@ -26,7 +26,7 @@ export PYTHONPATH OMP_WAIT_POLICY GOMP_SPINCOUNT
 # Tests marked `network` or `slow` run where CI is set (`make test CI=1`); the share of code that tests must reach is for all.
 MARKED := $(if $(CI),,-m "not network and not slow" --cov-fail-under=0)
 
-.PHONY: help setup reproduce publish test test-notebooks lm benchmark gpu-evidence lock lab clean
+.PHONY: help setup reproduce publish pages test test-notebooks lm benchmark gpu-evidence lock lab clean
 
 help: ## list the targets (default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -55,6 +55,9 @@ reproduce: setup ## run the notebooks that are not up to date; write figures/; p
 
 publish: setup ## copy another PROFILE's finished results to figures/PROFILE, to be committed
 	@$(RUN) -m companion.rails.reproduce --publish --profile $(PROFILE) $(if $(NOTEBOOK),--notebook $(NOTEBOOK))
+
+pages: setup ## write the ledger, figures/README.md and README's tables anew from the results (ARGS=--check: compare)
+	@$(RUN) -m companion.rails.claims $(ARGS)
 
 test: setup ## lint, unit tests with coverage, and the notebooks whose results are at hand
 	$(RUN) -m ruff check

@@ -7,9 +7,9 @@ others.
     acts = jr.harvest(lm, tokens, site="resid_post", layer=3, out="acts")
     sae, log = jr.train(acts, jr.TrainConfig(d_sae=1024, steps=1000))
 
-Reading order: estimators, losses, sparse, sae, architectures, recipe, optim, train; then corpus,
-lm, sites, harvest, activations; then splicing, metrics. exchange/ has the SAEs of others, latents/
-what latents mean, dark/ what SAEs miss.
+Reading order: estimators, support, losses, sparse, sae, recipe, architectures, optim, state (the
+training step), train; then corpus, lm, sites, store, harvest, activations; then splicing, metrics.
+exchange/ has the SAEs of others, latents/ what latents mean, dark/ what SAEs miss.
 """
 
 # ruff: noqa: E402, I001

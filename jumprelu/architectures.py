@@ -93,7 +93,8 @@ class Trainee(torch.nn.Module):
         if c.architecture == "jumprelu" or c.loss == "l0":
             reach = REACH[c.kernel] * bandwidth
             rounding = 1e-6 * (self.threshold + reach + self.b_enc.abs())
-            low = self.threshold - reach - rounding  # which must not lose the border
+            # lowered a little: rounding must not drop an entry at the edge
+            low = self.threshold - reach - rounding
         if c.architecture == "batchtopk":
             low += 0.8 * self.batch_threshold
         found = self._screen(centred, low, policy)

@@ -3,8 +3,8 @@
 Notable here:
 - every metric is a ratio of sums over tokens (micro-averaged), with a standard error clustered by
   document: tokens of one document are far from independent.
-- FVU is pooled, Σ‖x − x̂‖² / Σ‖x − x̄‖², x̄ the mean of the evaluated activations; not a mean of
-  ratios, and not of squared norms.
+- FVU is Σ‖x − x̂‖² / Σ‖x − x̄‖² over all tokens, x̄ their mean: not a mean of ratios of tokens, and
+  not relative to Σ‖x‖².
 - what is replaced and what is counted: see splicing.py.
 """
 
@@ -38,7 +38,7 @@ class Report(NamedTuple):
     loss: Estimate
     """The model's own cross-entropy; nats per token."""
     dead: Estimate
-    """Share of latents that never fire on these tokens (so it depends on how many there are)."""
+    """Share of latents that never fire on these tokens (larger on fewer tokens)."""
     dense_1: Estimate
     """Share of latents that fire on over 1 % of tokens."""
     dense_10: Estimate

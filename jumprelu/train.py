@@ -2,10 +2,10 @@
 `train_many` for a sweep. With targets, what is trained is a transcoder, which predicts them.
 
 Notable here:
-- a run is a function of (activations, config) alone, on a CPU to the bit. Killed at any step and
-  started again with the same `out`, it ends with the very bits of an uninterrupted run.
-- a sweep reads its data once for all runs that see the same batches. These take turns of a block of
-  batches, small enough that it, and the weights of the run at work, stay in a cache.
+- a run is a function of (activations, config), to the bit on one CPU with one number of threads and
+  one policy. Killed at any step and started again, it ends with the bits of an uninterrupted run.
+- a sweep reads its data once for all runs that see the same batches. They take turns: each trains
+  on a block of batches small enough to stay, with the run's weights, in the CPU's cache.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ SATURATED = 30
 
 BLOCK = 32
 BLOCK_BYTES = 2**25
-"""A run's turn in a sweep: at most so many batches, and bytes of them, but at least one batch."""
+"""How much a run trains before the next has its turn: at most so many batches and bytes, at least
+one batch."""
 
 
 class TrainResult(NamedTuple):
@@ -371,7 +372,7 @@ def train(
     the result. policy: when steps are sparse; it changes results to rounding only.
 
     The log's columns: step, tokens, sparsity (λ), bandwidth (ε), loss_*, l0, fvu, dead (share),
-    computed (share of pre-activations that the step went on with after the encoder), and for
+    computed (share of pre-activations kept after the search; 1 in a dense step), and for
     JumpReLU window_share, threshold_travel, reconstruction_push and sparsity_push (means over
     latents of :meth:`jumprelu.architectures.Trainee.diagnose`, of pushes without their sign),
     window_latents (share of latents with a sample in the window) and quantiles of θ; all in

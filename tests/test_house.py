@@ -11,7 +11,7 @@ from importlib.util import resolve_name
 FROM_THE_CORE = {("jumprelu.corpus", "jumprelu.subject.texts")}
 """Folders of the library see its core and not each other, `__main__` and `__init__` see all; and
 this is what the core sees of the folders."""
-SHARED = {"rails", "papers"}
+SHARED = {"rails"}
 """Folders of the companion that every other one may see."""
 CORE_LINES, LIBRARY_LINES = 5_000, 9_040
 """At most, with every line counted: a library that is read in one sitting."""

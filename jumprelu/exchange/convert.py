@@ -61,7 +61,7 @@ def convert(
     `target`; returns a report, in lines.
 
     Raises FileExistsError where `target` has something in it, ValueError and FileNotFoundError as
-    :func:`formats.read` and :func:`formats.write` do, and ValueError for a copy that does not
+    :func:`formats.examine` and :func:`formats.write` do, and ValueError for a copy that does not
     compute the same. `target` is untouched then.
     """
     target = Path(target)

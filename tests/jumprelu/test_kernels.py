@@ -282,7 +282,8 @@ for dtype in ("*fp32", "*bf16"):
     types = positions | numbers | sizes | {"products": dtype, "rows": dtype}
     few = {"BLOCK": 512, "ENTRIES": 8}
     versions = [(kernels._count, {"BLOCK": 1024}, 4), (kernels._list, {"BLOCK": 1024}, 4),
-                (kernels._bag, few, 4), (kernels._dots, few, 4)]
+                (kernels._bag, few, 4), (kernels._dots, few, 4),
+                (kernels._totals, {"BLOCK": 512}, 4)]
     for yes in (False, True) if dtype == "*fp32" else ():
         versions.append((kernels._adam, {"FIRST_MOMENT": yes, "UNIT_NORM": yes, "BLOCK": 4096}, 8))
     for kernel, constants, warps in versions:
