@@ -19,8 +19,8 @@ from .support import Support, dots, transposed
 
 @dataclass(frozen=True)
 class SparsePolicy:
-    """When a pass computes only the entries of S, and how it looks for them. It changes results to
-    rounding only. Defaults for CPUs were measured; those for GPUs are estimates."""
+    """When a pass computes only the entries of S, and how it looks for them; results change to
+    rounding only. Defaults for CPUs were measured, those for GPUs not."""
 
     dense_above: float = 0.2
     """Share of entries in S above which a dense step is the faster; 0: every step is dense. Sparse

@@ -44,8 +44,7 @@ SATURATED = 30
 
 BLOCK = 32
 BLOCK_BYTES = 2**25
-"""How much a run trains before the next has its turn: at most so many batches and bytes, at least
-one batch."""
+"""A run's turn in a sweep: at most so many batches and bytes of them, at least one batch."""
 
 
 class TrainResult(NamedTuple):
