@@ -10,6 +10,9 @@ import nbformat
 import pytest
 from companion.rails import checks
 from companion.rails.profiles import Notebook, find_notebooks
+from companion.rails.running import processor
+
+from jumprelu.files import write_json
 
 NAMES = ("00_first", "01_second", "02_third")
 
@@ -65,6 +68,23 @@ def test_a_changed_output_fails_and_all_are_run_if_asked(project, capfd):
     assert checks.main(["--all"], project) == 1
     printed = capfd.readouterr().out
     assert printed.count("1 passed") == 2 and "1 failed" in printed and "02_third" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "code", "status"),
+    [
+        (None, "print('same')", 1),
+        ("another", "print('same')", 0),
+        ("another", "1 / 0", 1),
+    ],
+)
+def test_outputs_of_another_processor_are_not_compared(project, capfd, kind, code, status):
+    write(project, "01_second", code, "other\n")
+    made_on = {"processor": kind or processor()}
+    write_json(project / "figures/01_second.manifest.json", made_on)
+    assert checks.main([], project) == status
+    assert ("run, but not compared" in capfd.readouterr().out) == (kind is not None)
 
 
 def test_no_notebook_is_begun_after_the_time_is_up(project, capfd):

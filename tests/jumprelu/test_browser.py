@@ -450,7 +450,7 @@ def test_rate_by_keyboard_reload_export_and_score(browser, study, tmp_path):
     rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
     assert rows[1][3].startswith("'=SUM") and rows[1][4] == "'@Ada Lovelace"
     path.write_text(path.read_text(encoding="utf-8").replace("MAYBE", "YES"))
-    with pytest.raises(ValueError, match="line 3: the checksum"):
+    with pytest.raises(ValueError, match="line 3: this row or one above"):
         score(key, [path])
 
 

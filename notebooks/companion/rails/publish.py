@@ -92,7 +92,11 @@ def _cost_of(profile: str, notebook: Notebook, manifest: dict[str, Any]) -> dict
     """Seconds and memory of the run that a manifest is of, or {} if it is not the last one made
     here."""
     stamp = read_stamp(profile, notebook)
-    given = {name: value for name, value in manifest.items() if name not in ("figures", "claims")}
+    given = {
+        name: value
+        for name, value in manifest.items()
+        if name not in ("figures", "claims", "processor")
+    }
     return stamp["cost"] if stamp.get("key") == digest(given) else {}
 
 

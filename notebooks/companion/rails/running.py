@@ -119,6 +119,17 @@ def conditions(root: Path, notebook: Notebook, changed: dict[str, Any]) -> dict[
     }
 
 
+def processor() -> str:
+    """The kind of CPU, as far as the last digits of results depend on it: maker, and instructions
+    that torch uses."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    maker = next((line.split()[-1] for line in lines if line.startswith("vendor_id")), "")
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    bf16 = [name for name in ("avx512_bf16", "amx_bf16") if known.get(name)]
+    return " ".join([maker or platform.machine(), torch.backends.cpu.get_cpu_capability(), *bf16])
+
+
 # ---- running
 
 
@@ -301,7 +312,7 @@ def run_notebook(
         staging = Path(temporary)
         executed, monitor = _execute(notebook, changed, given["threads"], staging, kept, report)
         text = nbformat.writes(scrub(executed)) + "\n"
-        manifest = given | table_hashes(staging, notebook)
+        manifest = given | {"processor": processor()} | table_hashes(staging, notebook)
         write_json(staging / f"{notebook.name}.manifest.json", manifest)
         made = put_into_place(staging, figures, notebook)
     write_text(base / "notebooks" / f"{notebook.name}.ipynb", text)
