@@ -10,8 +10,7 @@ Notable here:
   partial reconstruction (Gated: two) and one L0 a token, and what b_dec gets through the encoder.
 - sums over latents, and means over tokens, are taken by the layout of a pass. :class:`Sharded` is a
   layout whose sums go on over the mesh; architectures and losses know nothing of this module.
-- only the first process writes files, checkpoints as one process would write them: they can be
-  resumed on any mesh. On several nodes, files must be on a file system of all.
+- only the first process writes files, as one process would: checkpoints can be resumed on any mesh.
 """
 
 from __future__ import annotations

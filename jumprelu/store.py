@@ -17,15 +17,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Shard(NamedTuple):
-    """Consecutive rows of a store. activations: float32 [rows, d_in]; the others int32 [rows]."""
+    """Consecutive rows of a store. activations: float32 [rows, d_in]; the others int32 [rows]:
+    token, position in its row of tokens, and document, by which standard errors are clustered."""
 
     activations: torch.Tensor
     ids: torch.Tensor
-    """Token at the row's position."""
     position: torch.Tensor
-    """Position in the row of tokens, from 0."""
     document: torch.Tensor
-    """Document of the row: what standard errors are clustered by."""
 
 
 def torch_dtype(name: str) -> torch.dtype:

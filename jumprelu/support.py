@@ -51,14 +51,12 @@ class Dense:
 
 
 class ByToken(NamedTuple):
-    """A support's entries in the order of tokens."""
+    """A support's entries in the order of tokens, int32: their positions in the order of latents,
+    [n]; where each token's begin, and the end of the last, [batch + 1]; the latent of each, [n]."""
 
     order: Tensor
-    """Their positions in the order of latents: int32 [n]."""
     start: Tensor
-    """Where each token's entries begin, and the end of the last: int32 [batch + 1]."""
     latent: Tensor
-    """Latent of each: int32 [n]."""
 
 
 class Support:

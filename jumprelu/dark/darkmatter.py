@@ -14,8 +14,8 @@ fit did not see?
 - tokens of one document are alike, so documents are split, never tokens (:func:`split`): maps are
   fitted on some, all that is reported is of others, and intervals come from drawing those again
   (:func:`jumprelu.intervals.bootstrap`).
-- x is the regressor, so the residual of x − Sae(x) is that of −Sae(x): NonlinearError says how far
-  the SAE is from linear, and nothing else. A dead SAE has none.
+- x is the regressor, so NonlinearError says how far the SAE is from linear, and nothing else. A
+  dead SAE has none.
 - R² of a vector has two definitions: "pooled" divides sums over all dimensions, the authors'
   scripts average each one's R².
 """
@@ -127,23 +127,19 @@ class HeldOut(NamedTuple):
     """
 
     tokens: torch.Tensor
-    """[D]"""
+    """How many, [D]; then Σx, [D, d_in], and Σ‖x‖², [D]"""
     x: torch.Tensor
-    """Σx, [D, d_in]"""
     x_square: torch.Tensor
-    """Σ‖x‖², [D]"""
     error: torch.Tensor
-    """Σ SaeError, [D, d_in]"""
+    """Σ SaeError and then Σ SaeError², [D, d_in]"""
     error_square: torch.Tensor
-    """Σ SaeError², [D, d_in]"""
     nonlinear_square: torch.Tensor
     """Σ NonlinearError², [D, d_in]: what the map leaves of SaeError"""
     norm: torch.Tensor
-    """Σ of the squared norm of each of :data:`NORMS`, [D, 5]"""
+    """Of the squared norm of each of :data:`NORMS`, [D, 5]: Σ, Σ of squares, and Σ of the squared
+    errors of its prediction from x"""
     norm_square: torch.Tensor
-    """Σ of its square, [D, 5]"""
     norm_residual: torch.Tensor
-    """Σ (squared norm − its prediction from x)², [D, 5]"""
 
     def variance(self, weights: torch.Tensor) -> torch.Tensor:
         """Σ‖x − x̄‖²."""
@@ -178,11 +174,10 @@ class Decomposition(NamedTuple):
     """What :func:`decompose` found for one SAE."""
 
     linear: Linear
-    """SaeError from x: [d_in, d_in] and [d_in]."""
+    """SaeError from x: [d_in, d_in] and [d_in]; ridge: its."""
     norm: Linear
     """Squared norms of :data:`NORMS` from x: [d_in, 5] and [5]."""
     ridge: float
-    """Of `linear`."""
     test: HeldOut
 
 

@@ -2,9 +2,8 @@
 
 - DST appears whole or not at all: the copy is made beside it, read back and compared, and only then
   gets its name.
-- the comparison is of what the two SAEs compute. Activations are compared before θ and TopK cut,
-  and the cut by θ and k themselves: a pre-activation that rounding carries over its threshold is no
-  difference between SAEs.
+- activations are compared before θ and TopK cut, and then θ and k themselves: a pre-activation that
+  rounding carries over its threshold is no difference between SAEs.
 """
 
 import math

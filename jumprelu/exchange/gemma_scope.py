@@ -9,11 +9,9 @@ activations, without subtracting b_dec.
 
 - arrays are taken as released: atoms have a norm near 1 but not exactly 1, and `input_scale` is 1,
   because the scale of training is not known.
-- sites have the names of :mod:`jumprelu.sites`: `attn_out` is the heads, concatenated, before the
-  output projection. Two are not to be had there: `embedding`, a row of the embedding matrix before
-  Gemma multiplies it by √d_model; and, for transcoders, `mlp_in`, the output of the norm before the
-  MLP (Gemma Scope 2), or `mlp_in_before_gain`, the same without the norm's gain (Gemma Scope, whose
-  authors folded the gain into the MLP: appendix "Language model technical details").
+- sites have the names of :mod:`jumprelu.sites`, and `embedding`, a row of the embedding matrix
+  before Gemma multiplies it by √d_model. Transcoders read `mlp_in` (Gemma Scope 2), or
+  `mlp_in_before_gain` (Gemma Scope: appendix "Language model technical details").
 - a file is never unpickled. Arrays are read one by one into their final place, type and device, so
   that no more than one of them is in memory twice. An .npz is checked against its checksums.
 """

@@ -33,20 +33,17 @@ class Parts(NamedTuple):
     """An SAE as other libraries write one down, float32; act is JumpReLU, or TopK where k is given:
 
     f = act((x/scale − b_in) W_enc + b_enc)        x̂ = scale · (f W_dec + b_dec)
+
+    W_enc: [d_in, d_sae]; b_enc: [d_sae]; W_dec: [d_sae, d_in], of any norm; b_dec, b_in: [d_in].
     """
 
     W_enc: torch.Tensor
-    """[d_in, d_sae]"""
     b_enc: torch.Tensor
-    """[d_sae]"""
     W_dec: torch.Tensor
-    """[d_sae, d_in], rows of any norm"""
     b_dec: torch.Tensor
-    """[d_in]"""
     threshold: torch.Tensor | float = 0.0
     """[d_sae] or one number, of any sign: a ReLU comes on top"""
     b_in: torch.Tensor | None = None
-    """[d_in]"""
     scale: float = 1.0
     k: int | None = None
     by_norm: bool = False

@@ -43,17 +43,14 @@ class Contexts(NamedTuple):
     """int64 [m, n]: 0 a top context; 1 … q sampled from that bin of its positive activations, 1 the
     highest; −1 silent in the whole window; −2 an empty slot."""
     document: torch.Tensor
-    """int64 [m, n]; −1 in empty slots, as are the next two."""
+    """int64 [m, n]; −1 in empty slots, as are row, and position of the window's centre in it."""
     row: torch.Tensor
-    """int64 [m, n]: row of the tokens given."""
     position: torch.Tensor
-    """int64 [m, n]: position in the row of the window's centre, its token number w // 2."""
     frequency: torch.Tensor
     """float64 [m]: share of tokens with activation > 0."""
     histogram: torch.Tensor
-    """int64 [m, 32]: counts of positive activations in 32 equal bins of [0, maximum]."""
+    """int64 [m, 32]: positive activations in 32 equal bins of [0, maximum], float32 [m]."""
     maximum: torch.Tensor
-    """float32 [m]."""
 
 
 def collect(

@@ -25,26 +25,21 @@ BLOCK = 256
 
 
 class Effects(NamedTuple):
-    """The k tokens that each of m atoms promotes most and suppresses most, strongest first."""
+    """The k tokens that each of m atoms promotes most (top) and suppresses most (bottom), strongest
+    first: ids, int64 [m, k], and the mean-centred change of the logit for a unit of activation, up
+    to the norm's division, float32 [m, k]."""
 
     top: torch.Tensor
-    """int64 [m, k]: token ids."""
     top_value: torch.Tensor
-    """float32 [m, k]: mean-centred change of the logit for a unit of activation, up to the norm's
-    division."""
     bottom: torch.Tensor
-    """int64 [m, k]."""
     bottom_value: torch.Tensor
-    """float32 [m, k]: from the most negative up."""
 
 
 class Near(NamedTuple):
-    """The k other atoms nearest to each of m atoms, nearest first."""
+    """The k other atoms nearest to each of m atoms, nearest first: int64 and float32 [m, k]."""
 
     latents: torch.Tensor
-    """int64 [m, k]."""
     cosine: torch.Tensor
-    """float32 [m, k]."""
 
 
 @torch.no_grad()

@@ -37,12 +37,11 @@ LEVELS = 10
 
 
 class Windows(NamedTuple):
-    """Windows of text around which one latent is active, or silent."""
+    """Windows of text in which one latent is active, or silent. tokens: int64 [n, w], ids, −1 where
+    there is none; acts: float [n, w], the latent's activations, in any unit."""
 
     tokens: np.ndarray
-    """int64 [n, w]: ids; −1 where there is no token."""
     acts: np.ndarray
-    """float [n, w]: the latent's activations, any unit."""
 
 
 class Explanation(NamedTuple):

@@ -8,8 +8,7 @@ from.
 - the split is by document and the same for all latents: no explanation has seen a document that it
   is scored on. Nor does it meet text that it has seen: licences and the like stand in many
   documents, so windows that repeat one are left out (:func:`fresh`).
-- a score alone says little. Beside it stand the same windows with another latent's explanation
-  (`shuffled_…`).
+- beside each score stand the same windows with another latent's explanation (`shuffled_…`).
 """
 
 from __future__ import annotations

@@ -3,10 +3,8 @@ network.
 
     python -m jumprelu pages SAE LM OUT.html
 
-- the list of latents stands at the beginning of the file, so it shows while the rest is still being
-  read.
-- contexts follow in compressed blocks of `BLOCK` latents; a block is opened when one of its latents
-  is looked at, and all at the first search.
+- the list of latents stands at the beginning of the file, so it shows while the rest is read.
+- contexts follow in compressed blocks of `BLOCK` latents, opened when one of them is looked at.
 - `OUT.html#latent=123` leads to latent 123, in every page made of this SAE.
 """
 

@@ -7,8 +7,7 @@ the manual study.)
 - the page holds contexts, with activations as shares of the latent's maximum, and salted item ids.
   Thresholds, frequencies, histograms and scales stay out: they would tell the architecture. What
   the items are is in the key file alone.
-- every row of a rater's CSV carries the study's id and a running checksum. It finds accidents and
-  idle edits; who reads the page's script can forge it.
+- every row of a rater's CSV carries the study's id and a running checksum, which finds accidents.
 """
 
 import secrets

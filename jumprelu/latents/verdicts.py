@@ -3,9 +3,8 @@ agreement.
 
 - a file is taken whole or refused with its name and line; nothing is repaired. A running checksum
   in every row finds what was changed, moved, left out or added.
-- spreadsheets take a cell that begins with = + - @ for a formula. Such cells carry an apostrophe in
-  front, here and in the raters' files (OWASP, "CSV Injection"); so does a cell that begins with an
-  apostrophe, so that reading takes one away for sure.
+- spreadsheets take a cell that begins with = + - @ for a formula. Such cells, and those that begin
+  with an apostrophe, carry one more in front (OWASP, "CSV Injection").
 - agreement is Krippendorff's alpha = 1 − D_o/D_e for ranks, from the matrix of coincidences
   (Krippendorff, "Computing Krippendorff's Alpha-Reliability", 2011, sections A to D).
 """
@@ -38,11 +37,10 @@ ACTIVE = tuple("=+-@＝＋－＠'\t\r")
 
 
 class Ratings(NamedTuple):
-    """One rater's file."""
+    """One rater's file. ratings: item → one of RATINGS."""
 
     rater: str
     ratings: dict[str, str]
-    """Item → one of RATINGS."""
     explanations: dict[str, str]
 
 

@@ -3,9 +3,7 @@
 - the file asks for nothing: its Content-Security-Policy forbids every request and every script and
   style but its own, which it names by their hashes; `require-trusted-types-for 'script'` forbids to
   make HTML of text.
-- text from a corpus goes into the file as JSON without `<` and comes onto the page as text, never
-  as HTML.
-- big arrays go in as compressed bytes (:func:`pack`); the page opens them when they are looked at.
+- text of a corpus goes into the file as JSON without `<`, and onto the page as text, never as HTML.
 
 The assets are in `assets/`: `<name>.html`, `.css` and `.js`, after `common.css` and `common.js`.
 """
