@@ -25,7 +25,7 @@ class SparsePolicy:
     dense_above: float = 0.2
     """Share of entries in S above which a dense step is the faster; 0: every step is dense. Sparse
     and dense steps take the same time at 0.11 (d_sae 1,024) and 0.20 (4,096) on a CPU with AVX-512,
-    at 0.16 and about 0.3 with AMX, at 0.28 and 0.33 with AVX2: figures/benchmark_density.csv."""
+    at 0.16 and above 0.21 on one with AMX: figures/benchmark_density.csv."""
     bf16_below: float = 0.03
     """Share of entries up to which looking in bfloat16 is worth computing what was found again."""
     gpu_bf16_below: float = 0.08

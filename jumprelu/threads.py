@@ -6,7 +6,7 @@ import sys
 PASSIVE_WAITING: dict[str, str] = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 """Environment variables of child processes: threads that wait spin for some microseconds and then
 sleep. OpenMP's own spin for long, and take the cores away from the threads that are waited for as
-soon as anything else runs: a step then takes two to ten times as long (notebook 10).
+soon as anything else runs: a step then takes more than twice as long (notebook 10).
 """
 
 
